@@ -1,0 +1,21 @@
+"""KV-cache merging, reproducibly: WeightedKV, KVMerger, KVSlimmer and their baselines on today's transformers."""
+
+from kvrepro import methods
+from kvrepro.adapter import prepare
+from kvrepro.cache import CompressedCache, make_cache
+from kvrepro.evaluate import fidelity, perplexity, prefill
+from kvrepro.models import load_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressedCache",
+    "__version__",
+    "fidelity",
+    "load_model",
+    "make_cache",
+    "methods",
+    "perplexity",
+    "prefill",
+    "prepare",
+]

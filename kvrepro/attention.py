@@ -1,0 +1,204 @@
+"""Attention over slots: the output, and the exact statistics that the methods decide by.
+
+The output comes from PyTorch's fused attention where no statistic is asked for. Where one is, the probabilities are
+formed in blocks of queries, used for the output and for the statistics, and let go: memory grows with the block, not
+with the square of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvrepro.rope import Rotation
+from kvrepro.slots import Slots
+
+#: Probabilities held at once, in elements (64 MiB in float32).
+BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass through one layer: the queries, and how they see the slots.
+
+    Attributes:
+        queries: `[B, H_kv, G, n, d]`, as the model rotated them, grouped by the KV head they share.
+        query_positions: `[B, n]` int32, each query's index in its row's text; -1 for padding.
+        scale: logits are `scale * q.k`.
+        softcap: Gemma's cap c on logits, c tanh(logit / c), or None.
+        positions: `"original"`, `"cache"` or `"cardinality"`: where a slot stands for a query (see `read_keys`).
+        cardinality_bias: add log(cardinality) to a slot's logit, so that it weighs as much as its tokens.
+        rotation: the model's rotary rotation, None where no method needs it.
+        layer: index of the layer.
+        layers: number of layers of the model.
+        budget: slots a head of this layer may hold.
+        window_queries: `[B, H_kv, G, w, d]`, the last w queries seen (this pass included) for methods with a window.
+        window_positions: `[B, w]` int32, their positions.
+        gradients: `[B, H_kv, S, d]`, the loss's gradient by each slot's unrotated key, where one was taken.
+    """
+
+    queries: Tensor
+    query_positions: Tensor
+    scale: float
+    softcap: float | None = None
+    positions: str = "original"
+    cardinality_bias: bool = False
+    rotation: Rotation | None = None
+    layer: int = 0
+    layers: int = 1
+    budget: int = 0
+    window_queries: Tensor | None = None
+    window_positions: Tensor | None = None
+    gradients: Tensor | None = None
+
+    def shift(self, slots: Slots) -> Tensor | None:
+        """`[B, H_kv, S]`: by how many positions each slot is moved when it is read, None where none is.
+
+        In-cache positions pack the slots right before the newest token, which stays where the model put it: only
+        differences of positions matter. `"cache"` counts slots, `"cardinality"` the tokens they stand for.
+        """
+        if self.positions == "original" or slots.dense:
+            return None
+        weight = slots.valid if self.positions == "cache" else slots.cardinality
+        place = weight.cumsum(dim=2)  # inclusive, so that a merged slot stands where its last token does
+        newest = slots.positions.amax(dim=2, keepdim=True)
+        return (newest - (place[..., -1:] - place) - slots.positions).masked_fill(~slots.valid, 0)
+
+    def read_keys(self, slots: Slots) -> Tensor:
+        """`[B, H_kv, S, d]`: the keys at the positions where the queries see them."""
+        shift = self.shift(slots)
+        return slots.keys if shift is None else self.rotation.rotate(slots.keys, shift)
+
+    def bias(self, slots: Slots) -> Tensor | None:
+        """`[B, H_kv, S]` float, added to a slot's logits: log cardinality, -inf for an empty slot; None where 0."""
+        if self.cardinality_bias and not slots.dense:
+            return slots.cardinality.to(torch.promote_types(slots.keys.dtype, torch.float32)).log()
+        if slots.ragged:
+            zeros = torch.zeros_like(slots.positions, dtype=torch.promote_types(slots.keys.dtype, torch.float32))
+            return zeros.masked_fill(~slots.valid, -torch.inf)
+        return None
+
+    def blocks(self, slots: Slots) -> Iterator[tuple[slice, Tensor]]:
+        """Attention probabilities of this pass's queries over `slots`, a block of queries at a time.
+
+        Yields:
+            The slice of queries, and `[B, H_kv, G, q, S]` probabilities in float32 (or float64); rows of padding are 0.
+        """
+        keys, bias = self.read_keys(slots), self.bias(slots)
+        n = self.queries.shape[3]
+        rows = max(
+            1, BLOCK // max(1, slots.size * self.queries.shape[0] * self.queries.shape[1] * self.queries.shape[2])
+        )
+        for start in range(0, n, rows):
+            part = slice(start, min(start + rows, n))
+            yield (
+                part,
+                probabilities(
+                    self.queries[:, :, :, part],
+                    self.query_positions[:, part],
+                    keys,
+                    slots.positions,
+                    bias,
+                    self.scale,
+                    self.softcap,
+                ),
+            )
+
+
+def probabilities(
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    key_positions: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal softmax attention by position, written out.
+
+    Args:
+        queries: `[B, H, G, n, d]`.
+        query_positions: `[B, n]`; a query sees the slots at or before its position; -1 sees none.
+        keys: `[B, H, S, d]`.
+        key_positions: `[B, H, S]`.
+        bias: `[B, H, S]` added to the logits, or None.
+        scale: factor on the logits.
+        softcap: cap on the logits, or None.
+
+    Returns:
+        `[B, H, G, n, S]` in float32, or float64 for float64 input; a query that sees nothing has zeros.
+    """
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    b, h, g, n, d = queries.shape
+    logits = (queries.reshape(b, h, g * n, d).to(wide) @ keys.to(wide).transpose(2, 3)).view(b, h, g, n, -1) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias[:, :, None, None, :]
+    hidden = (key_positions[:, :, None, :] > query_positions[:, None, :, None]) | (key_positions < 0)[:, :, None, :]
+    logits = logits.masked_fill(hidden.unsqueeze(2), -torch.inf)
+    return torch.softmax(logits, dim=-1).nan_to_num(0.0)
+
+
+def attend(step: Step, slots: Slots, statistics: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Attention output of one forward pass, with the statistics asked for.
+
+    Args:
+        step: the queries.
+        slots: what they attend to, this pass's own tokens last.
+        statistics: any of `"mass"` (column sums over this pass's queries) and `"last"` (the newest query's row).
+
+    Returns:
+        Output `[B, H_kv, G, n, d_v]`, and the statistics, each `[B, H_kv, G, S]` float32 or float64.
+    """
+    if not statistics:
+        return _fused(step, slots), {}
+    outputs, mass, last = [], 0.0, None
+    for _, p in step.blocks(slots):
+        b, h, g, q, s = p.shape
+        mixed = p.reshape(b, h, g * q, s).to(slots.values.dtype) @ slots.values
+        outputs.append(mixed.view(b, h, g, q, -1))
+        mass = mass + p.detach().sum(dim=3)
+        last = p[:, :, :, -1].detach()
+    found = {"mass": mass, "last": last}
+    return torch.cat(outputs, dim=3), {name: found[name] for name in statistics}
+
+
+def _fused(step: Step, slots: Slots) -> Tensor:
+    """Attention output through PyTorch's fused kernels; `[B, H_kv, G, n, d_v]`."""
+    if step.softcap is not None:
+        return torch.cat([(p.to(slots.values.dtype) @ slots.values.unsqueeze(2)) for _, p in step.blocks(slots)], dim=3)
+    b, h, g, n, _ = step.queries.shape
+    mask, causal = _mask(step, slots, n)
+    out = scaled_dot_product_attention(
+        step.queries.reshape(b, h * g, n, -1),
+        step.read_keys(slots),
+        slots.values,
+        attn_mask=mask,
+        is_causal=causal,
+        scale=step.scale,
+        enable_gqa=g > 1,
+    )
+    return out.view(b, h, g, n, -1)
+
+
+def _mask(step: Step, slots: Slots, n: int) -> tuple[Tensor | None, bool]:
+    """The mask for the fused kernels (`[n, S]` or `[B, H_q, n, S]`), and whether plain causal masking says it all."""
+    bias = step.bias(slots)
+    past = slots.size - n
+    if bias is None:
+        if n == 1 or past == 0:
+            return None, n > 1
+        causal = torch.ones(n, slots.size, dtype=torch.bool, device=slots.keys.device).tril(past)
+        return causal, False
+    g = step.queries.shape[2]
+    seen = slots.positions[:, :, None, :] <= step.query_positions[:, None, :, None]  # [B, H, n, S]
+    # A padding query sees nothing; let it see everything instead, its output is never used and must not be NaN.
+    seen = seen | (step.query_positions < 0)[:, None, :, None]
+    full = torch.where(seen, bias.unsqueeze(2), -torch.inf)
+    full = torch.where((step.query_positions < 0)[:, None, :, None], 0.0, full)
+    return full.repeat_interleave(g, dim=1).to(step.queries.dtype), False

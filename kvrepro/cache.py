@@ -1,0 +1,537 @@
+"""The compressed cache: transformers' side of it, and the flow of one forward pass through one layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from kvrepro import methods
+from kvrepro.adapter import is_prepared, prepare, tag
+from kvrepro.attention import Step, attend
+from kvrepro.methods.base import Method
+from kvrepro.rope import Rotation, find_rotation
+from kvrepro.slots import Slots
+
+logger = logging.getLogger(__name__)
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One layer's slots, held to its budget after every forward pass.
+
+    Attributes:
+        slots: what is held, None before the first token.
+        budget: slots a head may hold; None is unlimited; set when the prompt's length is known.
+        seen: tokens seen, padding included.
+        frozen: append and attend, but neither count nor compress (see `CompressedCache.freeze`).
+        record: where to note each pass's arguments (see `CompressedCache.record`), or None.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(
+        self, method: Method, share: int | float | None, layer: int, layers: int, rotation: Rotation | None
+    ) -> None:
+        """A layer for `method` with a budget `share` (slots, share of the prompt, or None)."""
+        self.method = method
+        self.share = share
+        self.layer = layer
+        self.layers = layers
+        self.rotation = rotation
+        self.cache: weakref.ref[CompressedCache] | None = None
+        self.reset()
+
+    # --- what transformers asks of a cache layer -------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: slots come with the first tokens."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the new tokens' keys and values `[B, H_kv, n, d]`; `attend` follows with their queries.
+
+        Raises:
+            RuntimeError: the pass before this one never reached `attend`: the model is not prepared.
+        """
+        if self._arrived is not None:
+            self._arrived = None
+            raise RuntimeError("the model's attention did not reach the cache; call kvrepro.prepare(model) first")
+        self._arrived = (key_states, value_states)
+        return tag(key_states.view_as(key_states), self), value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included; it drives the model's position ids."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """The mask covers the new tokens only: (their number, where they start)."""
+        n = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return n, self.seen
+
+    def get_max_length(self) -> int:
+        """No bound on the tokens seen."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """`get_max_length` by the name it had before transformers 5.20."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.slots: Slots | None = None
+        self.budget: int | None = None
+        self.seen = 0
+        self._since = 0
+        self._arrived: tuple[Tensor, Tensor] | None = None
+        self._window: tuple[Tensor, Tensor] | None = None
+        self.probe: GradientProbe | None = None
+        self.frozen = False
+        self.record: list[Pass] | None = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows of the batch, for beam search; `beam_idx` `[B']`."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        self._map(lambda x: x[indices])
+
+    def crop(self, *args: Any) -> None:
+        """Refused: evicted tokens cannot come back.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("a compressed cache cannot be cropped; assisted generation needs a full cache")
+
+    def offload(self) -> None:
+        """Refused, like `crop`.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("a compressed cache stays on its device; make it with make_cache, without offloading")
+
+    def _map(self, function: Any) -> None:
+        """Apply `function` to every tensor held."""
+        if self.slots is not None:
+            self.slots = self.slots.map(function)
+        if self._window is not None:
+            self._window = (function(self._window[0]), function(self._window[1]))
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> Tensor | None:
+        """`[B, H_kv, slots, d]`, chronological, rotated to `positions`; None before the first token."""
+        return None if self.slots is None else self.slots.keys
+
+    @property
+    def values(self) -> Tensor | None:
+        """`[B, H_kv, slots, d_v]`, chronological; None before the first token."""
+        return None if self.slots is None else self.slots.values
+
+    @property
+    def positions(self) -> Tensor | None:
+        """`[B, H_kv, slots]` int32: index of the slot's token in its row's text; -1 where empty."""
+        return None if self.slots is None else self.slots.positions
+
+    @property
+    def cardinality(self) -> Tensor | None:
+        """`[B, H_kv, slots]` int32: tokens a slot stands for; 0 where empty."""
+        return None if self.slots is None else self.slots.cardinality
+
+    @property
+    def waiting(self) -> bool:
+        """Whether tokens have arrived that no query has attended to yet."""
+        return self._arrived is not None
+
+    @property
+    def active(self) -> bool:
+        """Whether this layer is held to a budget now."""
+        return self.budget is not None and not self.frozen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, side vectors and the observation window included."""
+        window = 0 if self._window is None else sum(x.numel() * x.element_size() for x in self._window)
+        return window + (0 if self.slots is None else self.slots.nbytes)
+
+    # --- one forward pass ------------------------------------------------------------------------------------------
+
+    def plan(self, prompt: int) -> None:
+        """Fix the budget, now that the prompt's length is known, and check it.
+
+        Raises:
+            ValueError: the budget leaves the method no room.
+        """
+        if self.budget is None and self.share is not None and not self.method.unlimited:
+            mean = slots_of(self.share, prompt)
+            self.method = self.method.resolve(mean)
+            self.method.check(mean)
+            self.budget = self.method.layer_budget(mean, self.layer, self.layers)
+
+    def attend(
+        self, module: nn.Module, query: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    ) -> Tensor:
+        """Attend to the slots and the new tokens, then compress.
+
+        Args:
+            module: the model's attention layer, which says whose cache this is.
+            query: `[B, H_q, n, d]`, post-RoPE.
+            mask: `[B, 1, n, n]` bool over the new tokens, or None when nothing is padding.
+            scale: factor on the logits.
+            softcap: cap on the logits, or None.
+
+        Returns:
+            `[B, H_q, n, d_v]`.
+        """
+        keys, values = self._arrived
+        self._arrived = None
+        if self.record is not None:
+            self.record.append(Pass(module, keys, values, query, mask, scale, softcap))
+        if self.slots is None:
+            self.cache().check_model(module)
+            self.plan(query.shape[2])
+        new, positions = self._new_slots(keys, values, mask)
+        slots = new if self.slots is None else self.slots.append(new)
+        step = self._step(query, positions, scale, softcap, keys.shape[1])
+        if self.probe is not None:
+            return self.probe.attend(self, slots, step)
+        statistics = self.method.statistics if self.active else ()
+        out, found = attend(step, slots, statistics)
+        self.seen += query.shape[2]
+        self._since += query.shape[2]
+        self.is_initialized = True
+        self.slots = slots
+        if self.active:
+            self.slots = self.method.accumulate(slots, found, step)
+            self._settle(step)
+        return out.flatten(1, 2)
+
+    def _settle(self, step: Step) -> None:
+        """Compress if it is due; methods that share slots among layers do so after the last layer."""
+        if self.method.shares_layers and not self.cache().split:
+            self.cache().settle_together(self, step)
+        elif self.method.due(self.slots.size, self.budget, step.queries.shape[3], self._since):
+            self.compress(step)
+
+    def compress(self, step: Step) -> None:
+        """Bring the slots to the budget."""
+        self.slots = self.method.compress(self.slots, self.budget, step)
+        self._since = 0
+        if self.method.bounded and self.slots.size > self.budget:
+            raise RuntimeError(f"{self.method.name} left {self.slots.size} slots with a budget of {self.budget}")
+
+    def _new_slots(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Slots, Tensor]:
+        """Slots for the tokens that arrived, and the query positions `[B, n]` (-1 for padding)."""
+        b, h, n, _ = keys.shape
+        start = torch.zeros(b, 1, dtype=torch.int32, device=keys.device)
+        if self.slots is not None:
+            start = self.slots.positions.amax(dim=(1, 2))[:, None] + 1
+        valid = torch.ones(b, n, dtype=torch.bool, device=keys.device) if mask is None else _new_tokens(mask, b, n)
+        positions = (start + valid.cumsum(dim=1).to(torch.int32) - 1).masked_fill(~valid, -1)
+        spread = positions[:, None].expand(b, h, n).contiguous()
+        zeros = torch.zeros(b, h, n, dtype=torch.float32, device=keys.device)
+        names = self.method.accumulates if self.active else ()
+        new = Slots(
+            keys=keys,
+            values=values,
+            positions=spread,
+            cardinality=(spread >= 0).to(torch.int32),
+            stats={name: zeros for name in names},
+            ragged=mask is not None,
+        )
+        return new, positions
+
+    def _step(self, query: Tensor, positions: Tensor, scale: float, softcap: float | None, heads: int) -> Step:
+        """What a method sees of this pass."""
+        b, hq, n, d = query.shape
+        step = Step(
+            queries=query.reshape(b, heads, hq // heads, n, d),
+            query_positions=positions,
+            scale=scale,
+            softcap=softcap,
+            positions=self.method.positions,
+            cardinality_bias=self.method.cardinality_bias,
+            rotation=self.rotation,
+            layer=self.layer,
+            layers=self.layers,
+            budget=self.budget or 0,
+        )
+        width = self.method.window_of(self.budget) if self.active else 0
+        if width == 0:
+            return step
+        queries, places = step.queries, positions
+        if self._window is not None:
+            queries = torch.cat([self._window[0], queries], dim=3)
+            places = torch.cat([self._window[1], places], dim=1)
+        self._window = (queries[:, :, :, -width:].clone(), places[:, -width:].clone())
+        return dataclasses.replace(step, window_queries=self._window[0], window_positions=self._window[1])
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass hands to one layer; see `CompressedLayer.update` and `attend` for the shapes."""
+
+    module: nn.Module
+    keys: Tensor
+    values: Tensor
+    query: Tensor
+    mask: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+class GradientProbe:
+    """A pass that stores nothing: it takes the loss's gradient by a layer's cached keys (AsymKV).
+
+    The keys enter as leaves before rotary embedding; `compress` uses their gradients once the loss has been
+    differentiated.
+    """
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self.leaf: Tensor | None = None
+        self._slots: Slots | None = None
+        self._step: Step | None = None
+
+    def attend(self, layer: CompressedLayer, slots: Slots, step: Step) -> Tensor:
+        """Attention output `[B, H_q, n, d_v]`, differentiable by `leaf`."""
+        past = layer.slots.size
+        wide = slots.keys.to(torch.promote_types(slots.keys.dtype, torch.float32))
+        plain = layer.rotation.rotate(wide[:, :, :past], -slots.positions[:, :, :past])
+        self.leaf = plain.detach().requires_grad_()
+        turned = layer.rotation.rotate(self.leaf, slots.positions[:, :, :past]).to(slots.keys.dtype)
+        live = dataclasses.replace(slots, keys=torch.cat([turned, slots.keys[:, :, past:]], dim=2))
+        self._slots = slots.map(torch.Tensor.detach)
+        self._step = dataclasses.replace(step, queries=step.queries.detach())
+        out, _ = attend(step, live, ())
+        return out.flatten(1, 2)
+
+    def compress(self, layer: CompressedLayer, gradient: Tensor) -> None:
+        """Merge the past so that it and the pass's n tokens fit the budget; the n tokens are read again afterwards."""
+        n = self._step.queries.shape[3]
+        gradients = torch.nn.functional.pad(gradient, (0, 0, 0, n))
+        step = dataclasses.replace(self._step, gradients=gradients)
+        method = dataclasses.replace(layer.method, sinks=layer.method.sinks_of(layer.budget), recent=n)
+        slots = method.compress(self._slots, layer.budget, step)
+        past = torch.arange(slots.size - n, device=gradient.device)
+        layer.slots = slots.map(lambda x: x.index_select(2, past) if x.dim() > 2 else x)
+
+
+class CompressedCache(Cache):
+    """A cache for `model.generate(..., past_key_values=cache)` that holds every layer to a budget.
+
+    Attributes:
+        layers: one `CompressedLayer` a full-attention layer; sliding-window layers stay as transformers makes them.
+        method: the method, with its options.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, method: Method, budget: int | float | None, rotation: Rotation | None
+    ) -> None:
+        """Use `make_cache`, which checks the model and the budget."""
+        plain = DynamicCache(config=config).layers
+        full = [i for i, layer in enumerate(plain) if type(layer) is DynamicLayer]
+        order = {index: place for place, index in enumerate(full)}
+        layers = [
+            CompressedLayer(method, budget, order[i], len(full), rotation) if i in order else layer
+            for i, layer in enumerate(plain)
+        ]
+        super().__init__(layers=layers)
+        self.method = method
+        self.budget = budget
+        self.split = False
+        self._config = config
+        self._waiting: list[tuple[CompressedLayer, Step]] = []
+        for layer in self.compressed:
+            layer.cache = weakref.ref(self)
+
+    @property
+    def compressed(self) -> list[CompressedLayer]:
+        """The layers that are compressed."""
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really held by all layers, side vectors included."""
+        return sum(layer.nbytes if isinstance(layer, CompressedLayer) else _plain_bytes(layer) for layer in self.layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand new keys and values to a layer.
+
+        Raises:
+            ValueError: the model has more layers than the one the cache was made for.
+            RuntimeError: the model is not prepared.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(self._other_model())
+        before = self.layers[layer_idx - 1]
+        if layer_idx > 0 and isinstance(before, CompressedLayer) and before.waiting:
+            raise RuntimeError("the model's attention did not reach the cache; call kvrepro.prepare(model) first")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def plan(self, prompt: int) -> None:
+        """Fix all budgets for a prompt of `prompt` tokens; a share of the prompt becomes a number of slots.
+
+        Raises:
+            ValueError: the budget leaves the method no room.
+        """
+        for layer in self.compressed:
+            layer.plan(prompt)
+
+    def check_model(self, module: nn.Module) -> None:
+        """Check that an attention layer belongs to the model the cache was made for.
+
+        Raises:
+            ValueError: it does not.
+        """
+        config = module.config.get_text_config(decoder=True)
+        if config is not self._config and _shape(config) != _shape(self._config):
+            raise ValueError(self._other_model())
+
+    def _other_model(self) -> str:
+        """The error for a cache in the wrong model."""
+        return (
+            f"this cache was made for another model ({_shape(self._config)}); "
+            "make one for this model with kvrepro.make_cache(model, method, budget)"
+        )
+
+    def settle_together(self, layer: CompressedLayer, step: Step) -> None:
+        """On the first overflow, once the last layer has attended, let the method split the slots among the layers."""
+        if layer.slots.size <= layer.budget:
+            return
+        self._waiting.append((layer, step))
+        if layer is not [each for each in self.compressed if each.budget is not None][-1]:
+            return
+        waiting, self._waiting, self.split = self._waiting, [], True
+        budgets = self.method.split([each.slots for each, _ in waiting], layer.budget)
+        for (each, its_step), budget in zip(waiting, budgets, strict=True):
+            each.budget = budget
+            if each.slots.size > budget:
+                each.compress(dataclasses.replace(its_step, budget=budget))
+
+    def freeze(self) -> None:
+        """Stop compressing: what comes next is appended. For measuring a prompt that was compressed once."""
+        for layer in self.compressed:
+            layer.frozen = True
+
+    def record(self) -> list[list[Pass]]:
+        """Note the arguments of each pass from now on; returns the notes, a list for each compressed layer."""
+        for layer in self.compressed:
+            layer.record = []
+        return [layer.record for layer in self.compressed]
+
+    def replay(self, passes: list[list[Pass]]) -> None:
+        """Fill this cache from another's recorded passes instead of running the model.
+
+        Right when what a layer is handed does not depend on the method: a prompt read in one pass.
+
+        Raises:
+            ValueError: some layers are not compressed layers (sliding windows), or several passes were recorded.
+        """
+        if len(passes) != len(self.layers) or any(len(notes) != 1 for notes in passes):
+            raise ValueError(
+                "only a prompt read in one pass, by a model whose layers are all compressed, can be replayed"
+            )
+        for layer, (note,) in zip(self.compressed, passes, strict=True):
+            layer.update(note.keys, note.values)
+            layer.attend(note.module, note.query, note.mask, note.scale, note.softcap)
+
+    def reset(self) -> None:
+        """Forget everything; the cache can then serve another prompt."""
+        super().reset()
+        self.split, self._waiting = False, []
+
+
+def make_cache(
+    model: PreTrainedModel, method: str, budget: int | float | None = None, **options: Any
+) -> CompressedCache:
+    """A compressed cache for a model: pass it to `model.generate(..., past_key_values=cache)`.
+
+    Args:
+        model: a decoder; it is prepared if it was not (see `prepare`).
+        method: one of `kvrepro.methods.names()`.
+        budget: slots per KV head and layer, sinks and recent tokens included; a float in (0, 1] is a share of the
+            prompt; None is unlimited.
+        **options: the method's options, see `kvrepro.methods.describe(method)`.
+
+    Returns:
+        An empty cache. One cache serves one prompt or one batch of prompts.
+
+    Raises:
+        ValueError: unknown method, option or value; a budget that leaves no room; a model that cannot be served.
+    """
+    chosen = methods.create(method, **options)
+    _check_budget(budget)
+    if isinstance(budget, int) and not chosen.unlimited:
+        chosen.resolve(budget).check(budget)
+    if not is_prepared(model):
+        prepare(model)
+    config = model.config.get_text_config(decoder=True)
+    rotation = None
+    if chosen.positions != "original" or chosen.needs_rotation:
+        rotation = find_rotation(model, "full_attention")
+    cache = CompressedCache(config, chosen, budget, rotation)
+    if not cache.compressed:
+        raise ValueError(f"{type(model).__name__} has only sliding-window layers here: there is nothing to compress")
+    return cache
+
+
+def slots_of(budget: int | float, prompt: int) -> int:
+    """Slots a head for a budget given as slots or as a share of a prompt of `prompt` tokens (rounded up)."""
+    return budget if isinstance(budget, int) else math.ceil(budget * prompt)
+
+
+def _check_budget(budget: int | float | None) -> None:
+    """Raise `ValueError` unless the budget is None, a positive int, or a float in (0, 1]."""
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise ValueError(f"budget={budget!r} is not valid; give slots (int), a share of the prompt (float), or None")
+    if isinstance(budget, int) and budget < 1:
+        raise ValueError(f"budget={budget} is not valid; give at least 1 slot, or None for unlimited")
+    if isinstance(budget, float) and not 0.0 < budget <= 1.0:
+        raise ValueError(f"budget={budget} is not valid; a share of the prompt is above 0 and at most 1")
+
+
+def _new_tokens(mask: Tensor, b: int, n: int) -> Tensor:
+    """`[B, n]` bool: which of the new tokens are text, from the mask of the last query.
+
+    Raises:
+        ValueError: a mask that this module did not make.
+    """
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[-2:] != (n, n):
+        raise ValueError(
+            "a compressed cache takes a 2D attention_mask [batch, tokens] that marks padding, not a custom mask"
+        )
+    return mask[:, 0, -1].expand(b, n)
+
+
+def _shape(config: PretrainedConfig) -> dict[str, Any]:
+    """What a cache depends on of a model."""
+    names = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
+    return {name: getattr(config, name, None) for name in names}
+
+
+def _plain_bytes(layer: CacheLayerMixin) -> int:
+    """Bytes held by one of transformers' own layers."""
+    return sum(x.numel() * x.element_size() for x in (layer.keys, layer.values) if x is not None)

@@ -1,0 +1,345 @@
+"""Reading text through a compressed cache: prompts in chunks, perplexity, and fidelity to the full cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kvrepro.cache import CompressedCache, GradientProbe, Pass, make_cache
+
+logger = logging.getLogger(__name__)
+#: AsymKV reads prompts in chunks of 512 tokens (its code).
+_GRADIENT_CHUNK = 512
+
+
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: CompressedCache,
+    *,
+    attention_mask: Tensor | None = None,
+    chunk: int | None = None,
+    keep_logits: int = 1,
+) -> CausalLMOutputWithPast:
+    """Read a prompt into a cache, in chunks: no layer ever holds more than budget + chunk slots.
+
+    Args:
+        model: the model the cache was made for.
+        input_ids: `[B, L]`.
+        cache: from `make_cache`.
+        attention_mask: `[B, L]`, 0 marks padding on the left.
+        chunk: tokens read at a time; None reads all at once (AsymKV with its loss gradient: at most 512, or a quarter
+            of the budget).
+        keep_logits: logits to return for the last tokens of each chunk; 0 is all of them.
+
+    Returns:
+        The model's output for the last chunk; `logits` `[B, keep_logits, V]`.
+
+    Raises:
+        ValueError: chunk below 1, an empty prompt, or a budget that leaves no room.
+    """
+    length = input_ids.shape[1]
+    if length == 0 or (chunk is not None and chunk < 1):
+        raise ValueError(
+            f"nothing to read: {length} tokens in chunks of {chunk}; give at least one token and chunk >= 1"
+        )
+    if cache.get_seq_length() == 0:
+        cache.plan(length)
+    by_loss = _by_loss(cache) and cache.compressed[0].budget is not None
+    if by_loss:
+        limit = max(1, min(_GRADIENT_CHUNK, cache.compressed[0].budget // 4))
+        chunk = limit if chunk is None else min(chunk, limit)
+    chunk = length if chunk is None else chunk
+    output = None
+    for start in range(0, length, chunk):
+        part = input_ids[:, start : start + chunk]
+        mask = None if attention_mask is None else attention_mask[:, : start + part.shape[1]]
+        if by_loss:
+            _compress_by_loss(model, part, cache, mask)
+        with torch.no_grad():
+            output = model(
+                input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=keep_logits
+            )
+    return output
+
+
+def _by_loss(cache: CompressedCache) -> bool:
+    """Whether the method asks for the loss's gradient."""
+    return getattr(cache.method, "fisher", None) == "loss"
+
+
+def _compress_by_loss(model: PreTrainedModel, part: Tensor, cache: CompressedCache, mask: Tensor | None) -> None:
+    """AsymKV: take the gradient of the chunk's loss by the cached keys, and merge the past so that the chunk fits."""
+    layers = cache.compressed
+    n = part.shape[1]
+    if layers[0].slots is None or layers[0].slots.size + n <= layers[0].budget or n < 2:
+        return
+    with _probing(cache) as probes, torch.enable_grad():
+        logits = model(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        target = part[:, 1:] if mask is None else part[:, 1:].masked_fill(mask[:, -n + 1 :] == 0, -100)
+        loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten())
+        gradients = torch.autograd.grad(loss, [probe.leaf for probe in probes])
+    for layer, probe, gradient in zip(layers, probes, gradients, strict=True):
+        probe.compress(layer, gradient)
+
+
+@contextmanager
+def _probing(cache: CompressedCache) -> Iterator[list[GradientProbe]]:
+    """Put a probe into every compressed layer, and take it out again."""
+    probes = [GradientProbe() for _ in cache.compressed]
+    for layer, probe in zip(cache.compressed, probes, strict=True):
+        layer.probe = probe
+    try:
+        yield probes
+    finally:
+        for layer in cache.compressed:
+            layer.probe = None
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of a text read through a cache.
+
+    Attributes:
+        ppl: exp of the mean negative log-likelihood.
+        nll: `[B, windows, scored]` float32, nats per token.
+        positions: `[windows, scored]` int64, index of each scored token in its text.
+    """
+
+    ppl: float
+    nll: Tensor
+    positions: Tensor
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    method: str,
+    budget: int | float | None = None,
+    *,
+    window: int,
+    stride: int,
+    chunk: int = 1,
+    batch_size: int = 8,
+    progress: Callable[[int], Any] | None = None,
+    **options: Any,
+) -> Perplexity:
+    """Sliding-window perplexity (WeightedKV's protocol; the fresh cache and what is scored are our reading of it).
+
+    The text is cut into windows of `window` tokens that start `stride` apart; each is read from an empty cache, and
+    its last `stride` tokens are scored.
+
+    Args:
+        model: a prepared model.
+        input_ids: `[T]`, or `[B, T]` for B texts; the windows of all texts are read side by side.
+        method: one of `kvrepro.methods.names()`.
+        budget: slots per KV head and layer, a share of the window, or None.
+        window: tokens a window.
+        stride: tokens scored a window; the paper uses window / 2.
+        chunk: tokens read between compressions; 1 is exact to the token.
+        batch_size: windows read side by side.
+        progress: called with the number of tokens read after each step.
+        **options: the method's options.
+
+    Returns:
+        Perplexity with its per-token negative log-likelihoods.
+
+    Raises:
+        ValueError: a text shorter than the window, or a stride outside [1, window).
+    """
+    texts = input_ids.view(1, -1) if input_ids.dim() == 1 else input_ids
+    if not 1 <= stride < window or chunk < 1 or batch_size < 1:
+        raise ValueError(f"stride={stride} must be in [1, window={window}); chunk and batch_size at least 1")
+    if texts.shape[1] < window:
+        raise ValueError(f"the text has {texts.shape[1]} tokens, fewer than the window of {window}; shorten the window")
+    windows = texts.unfold(1, window, stride)  # [B, n, window]
+    scored = [
+        _score(model, batch, make_cache(model, method, budget, **options), stride, chunk, progress)
+        for batch in windows.flatten(0, 1).split(batch_size)
+    ]
+    nll = torch.cat(scored).view(*windows.shape[:2], stride)
+    positions = torch.arange(windows.shape[1])[:, None] * stride + torch.arange(window - stride, window)
+    return Perplexity(float(nll.double().mean().exp()), nll, positions)
+
+
+def _score(
+    model: PreTrainedModel,
+    batch: Tensor,
+    cache: CompressedCache,
+    scored: int,
+    chunk: int,
+    progress: Callable[[int], Any] | None,
+) -> Tensor:
+    """`[B, scored]`: negative log-likelihoods of the last `scored` tokens of each row of `batch` `[B, W]`."""
+    batch = batch.to(model.device)
+    width = batch.shape[1]
+    first = width - scored - 1  # the first position whose prediction counts
+    cache.plan(width)
+    nll = []
+    for start, stop in _cuts(first, width - 1, chunk):
+        counts = start >= first
+        logits = prefill(model, batch[:, start:stop], cache, chunk=chunk, keep_logits=0 if counts else 1).logits
+        if counts:
+            nll.append(_nll(logits, batch[:, start + 1 : stop + 1]))
+        if progress is not None:
+            progress((stop - start) * batch.shape[0])
+    return torch.cat(nll, dim=1).cpu()
+
+
+def _cuts(first: int, end: int, chunk: int) -> list[tuple[int, int]]:
+    """Chunks that cover [0, end) with a cut at `first`, so that scored and unscored tokens never share one."""
+    starts = [*range(0, first, chunk), *range(first, end, chunk)]
+    return list(zip(starts, [*starts[1:], end], strict=True))
+
+
+def _nll(logits: Tensor, target: Tensor) -> Tensor:
+    """`[B, n]` float32 from logits `[B, n, V]` and tokens `[B, n]`."""
+    flat = cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
+    return flat.view(target.shape)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far a compressed cache's predictions are from the full cache's.
+
+    Attributes:
+        kl: `[B, n]` float32, KL(full || compressed) per token in nats.
+        nll: `[B, n]` float32, negative log-likelihood with the compressed cache.
+        nll_full: `[B, n]` float32, the same with the full cache.
+        nbytes: bytes of the compressed cache after the context.
+        nbytes_full: bytes of the full cache after the context.
+    """
+
+    kl: Tensor
+    nll: Tensor
+    nll_full: Tensor
+    nbytes: int
+    nbytes_full: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A text read once with the full cache, so that many methods and budgets can be compared with it.
+
+    Attributes:
+        logits: `[B, n, V]`, the full cache's predictions of the continuation.
+        nbytes: bytes of the full cache after the context.
+        passes: what each layer was handed while the context was read (queries, keys, values).
+        replayable: all layers are compressed ones, so that `passes` can stand for running the model.
+    """
+
+    logits: Tensor
+    nbytes: int
+    passes: list[list[Pass]]
+    replayable: bool
+
+
+@torch.no_grad()
+def fidelity(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    method: str,
+    budget: int | float | None = None,
+    *,
+    context: int,
+    continuation: int,
+    chunk: int | None = None,
+    reference: Reference | None = None,
+    **options: Any,
+) -> Fidelity:
+    """Compress a context once, then predict its continuation, teacher-forced, beside the full cache.
+
+    The continuation is read in one pass over the compressed context (nothing is compressed during it), as in the
+    comparisons of prompt compression.
+
+    Args:
+        model: a prepared model.
+        input_ids: `[B, T]` with T >= context + continuation.
+        method: one of `kvrepro.methods.names()`.
+        budget: slots per KV head and layer, a share of the context, or None.
+        context: tokens that are compressed.
+        continuation: tokens that are predicted.
+        chunk: tokens of the context read at a time; None is all at once.
+        reference: what `full_reference` returned for the same text, to read the full cache once.
+        **options: the method's options.
+
+    Returns:
+        KL divergence and negative log-likelihoods per token.
+
+    Raises:
+        ValueError: a text shorter than context + continuation.
+    """
+    ids = _passage(model, input_ids, context, continuation)
+    cache = make_cache(model, method, budget, **options)
+    if reference is None:
+        reference = full_reference(model, input_ids, context=context, continuation=continuation)
+    if chunk is None and reference.replayable and not _by_loss(cache):
+        cache.plan(context)
+        cache.replay(reference.passes)
+        first = reference.logits[:, :1]
+    else:
+        first = prefill(model, ids[:, :context], cache, chunk=chunk).logits
+    nbytes = cache.nbytes
+    logits = _continue(model, ids, cache, first, context)
+    full, nbytes_full = reference.logits, reference.nbytes
+    p, q = log_softmax(full.float(), dim=-1), log_softmax(logits.float(), dim=-1)
+    return Fidelity(
+        kl=kl_div(q, p, reduction="none", log_target=True).sum(-1).cpu(),
+        nll=_nll(logits, ids[:, context:]).cpu(),
+        nll_full=_nll(full, ids[:, context:]).cpu(),
+        nbytes=nbytes,
+        nbytes_full=nbytes_full,
+    )
+
+
+@torch.no_grad()
+def full_reference(model: PreTrainedModel, input_ids: Tensor, *, context: int, continuation: int) -> Reference:
+    """Read context and continuation with the full cache, for `fidelity`.
+
+    Args:
+        model: a prepared model.
+        input_ids: `[B, T]` with T >= context + continuation.
+        context: tokens that will be compressed.
+        continuation: tokens that will be predicted.
+    """
+    ids = _passage(model, input_ids, context, continuation)
+    cache = make_cache(model, "full")
+    passes = cache.record()
+    first = prefill(model, ids[:, :context], cache).logits
+    for layer in cache.compressed:
+        layer.record = None
+    nbytes = cache.nbytes
+    return Reference(_continue(model, ids, cache, first, context), nbytes, passes, len(passes) == len(cache.layers))
+
+
+def _passage(model: PreTrainedModel, input_ids: Tensor, context: int, continuation: int) -> Tensor:
+    """The first context + continuation tokens, on the model's device.
+
+    Raises:
+        ValueError: the text is shorter.
+    """
+    need = context + continuation
+    if context < 2 or continuation < 1 or input_ids.shape[1] < need:
+        raise ValueError(
+            f"the text has {input_ids.shape[1]} tokens; context={context} and continuation={continuation} need {need}"
+        )
+    return input_ids[:, :need].to(model.device)
+
+
+def _continue(model: PreTrainedModel, ids: Tensor, cache: CompressedCache, first: Tensor, context: int) -> Tensor:
+    """Logits `[B, T - context, V]` for the tokens after the context; `first` `[B, 1, V]` predicts the first of them."""
+    cache.freeze()
+    if ids.shape[1] == context + 1:
+        return first
+    rest = model(input_ids=ids[:, context:-1], past_key_values=cache, use_cache=True).logits
+    return torch.cat([first, rest], dim=1)

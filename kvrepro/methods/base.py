@@ -1,0 +1,224 @@
+"""What a method is: a frozen dataclass of options that say where they come from, and pure functions of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvrepro.attention import Step
+from kvrepro.slots import Slots
+
+#: Where a slot's rotary position can come from.
+POSITIONS = ("original", "cache", "cardinality")
+
+
+def option(default: Any, source: str, choices: tuple[Any, ...] = ()) -> Any:
+    """A method's option: a dataclass field that knows where its default comes from.
+
+    Args:
+        default: the default.
+        source: "paper: ...", "code: ...", "second-hand: ..." or "ours: ..." with the place or the reason.
+        choices: the valid values, where they can be listed.
+
+    Returns:
+        A dataclass field.
+    """
+    return dataclasses.field(default=default, metadata={"source": source, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a method, for people: name, default, source, and choices where they can be listed."""
+
+    name: str
+    default: Any
+    source: str
+    choices: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a method is, for people."""
+
+    name: str
+    title: str
+    kind: str
+    paper: str
+    url: str
+    summary: str
+    options: tuple[Option, ...]
+
+    def __str__(self) -> str:
+        """A card: title, paper, and one line an option."""
+        lines = [f"{self.name}: {self.title} ({self.kind})", f"  {self.paper} {self.url}".rstrip(), f"  {self.summary}"]
+        for o in self.options:
+            choices = f" of {list(o.choices)}" if o.choices else ""
+            lines.append(f"  {o.name} = {o.default!r}{choices}  [{o.source}]")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: what the cache asks of one.
+
+    A method sees one layer at a time: slots in chronological order, `[B, H_kv, S, ...]`, and the forward pass that
+    just attended to them. It knows nothing of transformers.
+
+    Class attributes:
+        name, title, kind ("baseline", "eviction" or "merging"), paper, url: for people.
+        statistics: attention statistics it needs of each pass ("mass", "last").
+        accumulates: side vectors the cache starts at 0 for each new token.
+        cardinality_bias: attention adds log(cardinality) to a slot's logit.
+        unlimited: never compresses.
+        needs_rotation: works on keys before rotary embedding, so it needs the model's rotation in any case.
+        whole_numbers: options that count slots and must be whole numbers (or None).
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    kind: ClassVar[str]
+    paper: ClassVar[str] = ""
+    url: ClassVar[str] = ""
+    statistics: ClassVar[tuple[str, ...]] = ()
+    accumulates: ClassVar[tuple[str, ...]] = ()
+    cardinality_bias: ClassVar[bool] = False
+    unlimited: ClassVar[bool] = False
+    needs_rotation: ClassVar[bool] = False
+    whole_numbers: ClassVar[tuple[str, ...]] = ("sinks", "recent")
+
+    sinks: int = option(0, "ours: none")
+    recent: int | None = option(None, "ours: none")
+    positions: str = option("original", "ours: as the model numbered the tokens", POSITIONS)
+    seed: int = option(0, "ours")
+
+    def __post_init__(self) -> None:
+        """Check the options' values.
+
+        Raises:
+            ValueError: a value is not valid; says which ones are.
+        """
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and not any(value is c or (value == c and type(value) is type(c)) for c in choices):
+                raise ValueError(f"{self.name}: {f.name}={value!r} is not valid; choose one of {list(choices)}")
+        for name in self.whole_numbers:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ValueError(f"{self.name}: {name}={value!r} is not valid; give a whole number of slots, 0 or more")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"{self.name}: seed={self.seed!r} is not valid; give a whole number")
+
+    def resolved(self) -> dict[str, Any]:
+        """All options with their values, for records."""
+        return dataclasses.asdict(self)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the slots are held to the budget."""
+        return True
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether the layers' budgets depend on what all layers attend to."""
+        return False
+
+    def sinks_of(self, budget: int) -> int:
+        """Number of first slots that are always kept, given the layer's budget."""
+        return self.sinks
+
+    def recent_of(self, budget: int) -> int:
+        """Number of last slots that are always kept, given the layer's budget."""
+        return self.recent or 0
+
+    def window_of(self, budget: int) -> int:
+        """Number of last queries whose attention decides; 0 for methods without an observation window."""
+        return 0
+
+    def resolve(self, budget: int) -> Method:
+        """This method with the options that depend on the mean budget over layers filled in."""
+        return self
+
+    def check(self, budget: int) -> None:
+        """Check that a layer of `budget` slots leaves the method room to choose.
+
+        Raises:
+            ValueError: fewer than sinks + recent + 1 slots.
+        """
+        need = self.sinks_of(budget) + self.recent_of(budget) + 1
+        if budget < need:
+            raise ValueError(
+                f"{self.name}: a budget of {budget} slots is below sinks + recent + 1 = {need}; "
+                f"raise the budget, or lower sinks ({self.sinks_of(budget)}) or recent ({self.recent_of(budget)})"
+            )
+
+    def layer_budget(self, budget: int, layer: int, layers: int) -> int | None:
+        """The slots of one layer, given the mean over layers; None leaves the layer whole."""
+        return budget
+
+    def split(self, layers: list[Slots], budget: int) -> list[int]:
+        """Each layer's slots, for methods that share slots among layers (`shares_layers`).
+
+        Args:
+            layers: the slots of the layers, before the first compression.
+            budget: mean slots a head and layer.
+        """
+        return [budget] * len(layers)
+
+    def due(self, size: int, budget: int, arrived: int, since: int) -> bool:
+        """Whether to compress now.
+
+        Args:
+            size: slots a head holds.
+            budget: slots it may hold.
+            arrived: tokens of this pass.
+            since: tokens that have arrived since the last compression.
+        """
+        return size > budget
+
+    def accumulate(self, slots: Slots, found: dict[str, Tensor], step: Step) -> Slots:
+        """Add this pass's attention statistics to the side vectors.
+
+        Args:
+            slots: the slots the pass attended to.
+            found: the statistics, each `[B, H_kv, G, S]`.
+            step: the pass.
+
+        Returns:
+            Slots with new side vectors: `"mass"` grows by the attention each slot received, summed over the pass's
+            queries and averaged over the query heads of a group; `"count"` by the number of queries that saw it.
+        """
+        stats = dict(slots.stats)
+        if "mass" in stats:
+            stats["mass"] = stats["mass"] + self.reduce_group(found["mass"]).float()
+        if "count" in stats:
+            stats["count"] = stats["count"] + queries_that_saw(slots, step)
+        return dataclasses.replace(slots, stats=stats)
+
+    def reduce_group(self, mass: Tensor) -> Tensor:
+        """From one number a query head to one a KV head: `[B, H_kv, G, S]` -> `[B, H_kv, S]`, the mean over G."""
+        return mass.mean(dim=2)
+
+    def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
+        """Reduce the slots to at most `budget` a head.
+
+        Args:
+            slots: more than `budget` slots a head, in chronological order, the pass's own tokens last.
+            budget: slots a head may keep.
+            step: the pass that made the cache overflow.
+
+        Returns:
+            The new slots, in chronological order.
+        """
+        raise NotImplementedError
+
+
+def queries_that_saw(slots: Slots, step: Step) -> Tensor:
+    """`[B, H_kv, S]` float32: how many of the pass's queries could attend to each slot."""
+    last = step.query_positions.amax(dim=1)[:, None, None]
+    asked = (step.query_positions >= 0).sum(dim=1)[:, None, None]
+    seen = last - torch.maximum(slots.positions, last - asked + 1) + 1
+    return seen.masked_fill(~slots.valid, 0).float()

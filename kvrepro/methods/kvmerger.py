@@ -1,0 +1,232 @@
+"""KVMerger (Wang et al., 2024): merge runs of similar keys with Gaussian weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from kvrepro.attention import Step
+from kvrepro.methods.base import Method, option
+from kvrepro.slots import Slots, add_at, compact, protected, take, top, uniform
+
+_PIVOT_STREAM = 2
+#: Rounds of the circular definition of sigma; it has converged to six digits by then.
+_PRINTED_ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class KVMerger(Method):
+    """Merge contiguous runs of similar keys into their most attended member, with weights falling by distance."""
+
+    name: ClassVar[str] = "kvmerger"
+    title: ClassVar[str] = "KVMerger"
+    kind: ClassVar[str] = "merging"
+    paper: ClassVar[str] = "Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs on Long-Context Tasks"
+    url: ClassVar[str] = "https://arxiv.org/abs/2407.08454"
+    statistics: ClassVar[tuple[str, ...]] = ("mass",)
+    accumulates: ClassVar[tuple[str, ...]] = ("mass",)
+    whole_numbers: ClassVar[tuple[str, ...]] = ("sinks",)
+
+    recent: int | float | None = option(None, "second-hand: 0.17 of the length at a 50 % budget: 0.34 of the budget")
+    topk: int | float | None = option(None, "second-hand: 0.12 of the length at a 50 % budget: 0.24 of the budget")
+    epsilon: float = option(0.75, "second-hand: cosine above 0.75, for both budgets")
+    sigma: str | float = option(
+        "mean_dist", "ours: scale free; 'printed' is circular, 5.0 the best fixed (second-hand)"
+    )
+    pivot: str = option("attention", "second-hand: the most attended member", ("attention", "random"))
+    weights: str = option("gaussian", "second-hand: Gaussian kernel", ("gaussian", "mean"))
+    budget_mode: str = option(
+        "exact",
+        "ours: cut the least similar pairs until the budget is met; 'threshold' merges above epsilon whatever results",
+        ("exact", "threshold"),
+    )
+    reduce: str = option("mean", "ours: attention of a KV head is the mean of its group", ("mean", "max", "sum"))
+    shared_sets: bool = option(False, "ours: sets are chosen for each KV head", (True, False))
+    skip_layers: bool = option(False, "second-hand: the first two layers and the last may be left whole", (True, False))
+    block: int | None = option(None, "ours: while decoding, free this many slots at a time; None is budget / 16")
+
+    def __post_init__(self) -> None:
+        """Check the options' values."""
+        for name in ("recent", "topk"):
+            value = getattr(self, name)
+            if isinstance(value, float) and not 0.0 <= value < 1.0:
+                raise ValueError(
+                    f"{self.name}: {name}={value!r} is not valid; give slots, or a share of the budget below 1"
+                )
+        if not (self.sigma in ("mean_dist", "printed") or (isinstance(self.sigma, int | float) and self.sigma > 0)):
+            raise ValueError(
+                f"{self.name}: sigma={self.sigma!r} is not valid; choose 'mean_dist', 'printed' or a number above 0"
+            )
+        if not -1.0 <= self.epsilon <= 1.0:
+            raise ValueError(f"{self.name}: epsilon={self.epsilon!r} is not valid; give a cosine from -1 to 1")
+        super().__post_init__()
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the slots are held to the budget."""
+        return self.budget_mode == "exact"
+
+    def recent_of(self, budget: int) -> int:
+        """0.34 of the budget unless set; at least the newest token."""
+        return max(1, _slots(self.recent, 0.34, budget))
+
+    def topk_of(self, budget: int) -> int:
+        """Slots protected for their accumulated attention: 0.24 of the budget unless set."""
+        return _slots(self.topk, 0.24, budget)
+
+    def block_of(self, budget: int) -> int:
+        """Slots freed at a time while decoding."""
+        return max(1, budget // 16) if self.block is None else self.block
+
+    def check(self, budget: int) -> None:
+        """Check that runs can be merged: each protected slot can split a run in two.
+
+        Raises:
+            ValueError: fewer than recent + 2 topk + 1 slots, or a block that leaves less.
+        """
+        super().check(budget)
+        need = self.sinks + self.recent_of(budget) + 2 * self.topk_of(budget) + 1
+        if budget - self.block_of(budget) + 1 < need:
+            raise ValueError(
+                f"{self.name}: a budget of {budget} slots, less a block of {self.block_of(budget)}, is below "
+                f"sinks + recent + 2 topk + 1 = {need}; lower recent, topk or block, or raise the budget"
+            )
+
+    def layer_budget(self, budget: int, layer: int, layers: int) -> int | None:
+        """The budget, or None for the layers that are left whole."""
+        return None if self.skip_layers and layer in (0, 1, layers - 1) else budget
+
+    def due(self, size: int, budget: int, arrived: int, since: int) -> bool:
+        """On overflow; with a fixed threshold after each prompt pass and every block of decoded tokens."""
+        if self.bounded:
+            return size > budget
+        return arrived > 1 or since >= self.block_of(budget)
+
+    def reduce_group(self, mass: Tensor) -> Tensor:
+        """`[B, H_kv, G, S]` -> `[B, H_kv, S]` by mean, max or sum over the group."""
+        return mass.amax(dim=2) if self.reduce == "max" else getattr(mass, self.reduce)(dim=2)
+
+    def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
+        """Find the merging sets, merge each into its pivot."""
+        decoding = step.queries.shape[3] == 1
+        goal = budget - self.block_of(budget) + 1 if decoding and self.bounded else budget
+        link = self.links(slots, budget, goal)
+        slots, keep = self.merge(slots, link, step)
+        size = goal if self.bounded else int(keep.sum(dim=2).max())
+        return dataclasses.replace(compact(slots, keep, size), ragged=slots.ragged or not self.bounded)
+
+    def links(self, slots: Slots, budget: int, goal: int) -> Tensor:
+        """Which neighbours belong to one merging set.
+
+        Args:
+            slots: `S` slots a head.
+            budget: slots that the protected shares refer to.
+            goal: slots to reach a head (budget mode "exact").
+
+        Returns:
+            `[B, H_kv, S - 1]` bool: slot i and slot i + 1 are joined.
+        """
+        mass = slots.stats["mass"]
+        similarity = cosine_similarity(slots.keys[:, :, :-1].float(), slots.keys[:, :, 1:].float(), dim=-1)
+        if self.shared_sets:
+            mass = mass.mean(dim=1, keepdim=True).expand_as(mass)
+            similarity = similarity.mean(dim=1, keepdim=True).expand_as(similarity)
+        safe = protected(slots, self.sinks, self.recent_of(budget))
+        safe = safe | top(mass, slots.valid & ~safe, self.topk_of(budget))
+        free = slots.valid & ~safe
+        possible = free[..., :-1] & free[..., 1:]
+        if not self.bounded:
+            return possible & (similarity > self.epsilon)
+        excess = (slots.valid.sum(dim=2, keepdim=True) - goal).clamp_min(0)
+        # A run of n slots with m of its n - 1 links kept becomes n - m slots: each link saves one.
+        return top(similarity, possible, excess)
+
+    def merge(self, slots: Slots, link: Tensor, step: Step) -> tuple[Slots, Tensor]:
+        """Merge each set into its pivot.
+
+        Args:
+            slots: `S` slots a head.
+            link: `[B, H_kv, S - 1]` bool, from `links`.
+            step: the pass (seed and layer for random pivots).
+
+        Returns:
+            Slots of the same length with the pivots' keys, values, cardinalities and attention updated, and
+            `[B, H_kv, S]` bool that marks the slots that stay.
+        """
+        group = torch.nn.functional.pad((~link).cumsum(dim=2), (1, 0))  # [B, H, S]: index of the slot's set
+        pivot = self._pivots(slots, group, step)
+        target = pivot.gather(2, group)  # [B, H, S]: the pivot of the slot's set
+        weight = self._weights(slots, group, target).masked_fill(~slots.valid, 0.0)
+        weight = weight / _sum(weight, group).gather(2, group).clamp_min(torch.finfo(weight.dtype).tiny)
+        size = _sum(slots.cardinality, group).gather(2, group)  # tokens of the set
+        place = torch.arange(slots.size, device=link.device).expand_as(target)
+        stays = (place == target) & slots.valid
+        merged = stays & (_sum(slots.valid.int(), group).gather(2, group) > 1)
+        # Values are stored as c times a mean (the |S| factor): undo it before averaging, redo it with the set's size.
+        each = slots.values.to(weight.dtype) / slots.cardinality.clamp_min(1).unsqueeze(-1)
+        values = _mix(each, weight, target) * size.unsqueeze(-1)
+        keys = _mix(slots.keys.to(weight.dtype), weight, target)
+        pick = merged.unsqueeze(-1)
+        mass = _sum(slots.stats["mass"], group).gather(2, group)
+        merged_slots = dataclasses.replace(
+            slots,
+            keys=torch.where(pick, keys.to(slots.keys.dtype), slots.keys),
+            values=torch.where(pick, values.to(slots.values.dtype), slots.values),
+            cardinality=torch.where(merged, size, slots.cardinality),
+            stats={**slots.stats, "mass": torch.where(merged, mass, slots.stats["mass"])},
+        )
+        return merged_slots, stays
+
+    def _pivots(self, slots: Slots, group: Tensor, step: Step) -> Tensor:
+        """`[B, H_kv, S]` int64: the slot index of each set's pivot, by set index."""
+        score = slots.stats["mass"]
+        if self.pivot == "random":
+            heads = torch.arange(group.shape[1], device=group.device)[None, :, None]
+            score = uniform(self.seed, step.layer, heads, slots.positions, _PIVOT_STREAM)
+        score = score.masked_fill(~slots.valid, -1.0)
+        best = torch.full_like(score, -torch.inf).scatter_reduce(2, group, score, "amax")
+        place = torch.arange(slots.size, device=group.device).expand_as(group)
+        first = torch.where(score == best.gather(2, group), place, slots.size)
+        return torch.full_like(group, slots.size).scatter_reduce(2, group, first, "amin").clamp_max(slots.size - 1)
+
+    def _weights(self, slots: Slots, group: Tensor, target: Tensor) -> Tensor:
+        """`[B, H_kv, S]`: unnormalised weights g = exp(-|k_p - k|^2 / 2 sigma^2), 1 for the pivot."""
+        wide = torch.promote_types(slots.keys.dtype, torch.float32)
+        keys = slots.keys.to(wide)
+        distance = (keys - take(keys, target)).norm(dim=-1)
+        if self.weights == "mean":
+            return torch.ones_like(distance)
+        size = _sum(torch.ones_like(distance), group).gather(2, group)
+        tiny = torch.finfo(wide).tiny
+        if self.sigma == "printed":
+            sigma = torch.ones_like(distance)
+            for _ in range(_PRINTED_ROUNDS):  # sigma = sum g / (sqrt(2) |S|), with g = g(sigma): iterated as printed
+                g = (-distance.square() / (2 * sigma.square()).clamp_min(tiny)).exp()
+                sigma = _sum(g, group).gather(2, group) / (2**0.5 * size)
+            return (-distance.square() / (2 * sigma.square()).clamp_min(tiny)).exp()
+        if self.sigma == "mean_dist":
+            spread = _sum(distance, group).gather(2, group) / (size - 1).clamp_min(1.0)  # over the other members
+            return (-distance.square() / spread.square().clamp_min(tiny)).exp()
+        return (-distance.square() / (2 * float(self.sigma) ** 2)).exp()
+
+
+def _slots(value: int | float | None, share: float, budget: int) -> int:
+    """Slots from a number, a share of the budget, or the default share."""
+    if isinstance(value, int):
+        return value
+    return int((share if value is None else value) * budget)
+
+
+def _sum(x: Tensor, group: Tensor) -> Tensor:
+    """`[B, H, S]`: sums of `x` over each set, by set index."""
+    return torch.zeros_like(x).scatter_add(2, group, x)
+
+
+def _mix(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """`[B, H, S, d]`: the weighted sum of each set at its pivot."""
+    return add_at(torch.zeros_like(x), target, weight.unsqueeze(-1) * x)

@@ -1,0 +1,52 @@
+"""WeightedKV (Yuan et al., ICASSP 2025): drop keys, merge values into the right neighbour by average attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvrepro.attention import Step
+from kvrepro.methods.base import POSITIONS, Method, option
+from kvrepro.slots import Slots, compact, join_right, select
+
+
+@dataclass(frozen=True)
+class WeightedKV(Method):
+    """Discard the key with the least average attention and merge its value into its right neighbour's.
+
+    Algorithm 1 of the paper, one token at a time; a prompt given in chunks of c tokens is compressed once a chunk,
+    and c = 1 is the paper's algorithm.
+    """
+
+    name: ClassVar[str] = "weightedkv"
+    title: ClassVar[str] = "WeightedKV"
+    kind: ClassVar[str] = "merging"
+    paper: ClassVar[str] = "WeightedKV: Attention Scores Weighted Key-Value Cache Merging for LLMs (ICASSP 2025)"
+    url: ClassVar[str] = "https://arxiv.org/abs/2503.01330"
+    statistics: ClassVar[tuple[str, ...]] = ("mass",)
+    accumulates: ClassVar[tuple[str, ...]] = ("mass", "count")
+
+    sinks: int = option(4, "paper: 4 sinks in the experiments")
+    recent: int | None = option(None, "paper: sinks + recent = budget / 2 (508 of 1024, 124 of 256)")
+    positions: str = option("cache", "ours: the finite perplexity at 16k on a 4k model implies it", POSITIONS)
+    merge: bool = option(
+        True, "paper: merge; False evicts the value with its key (the paper's ablation)", (True, False)
+    )
+
+    def recent_of(self, budget: int) -> int:
+        """`budget / 2 - sinks` unless set; at least the newest token, which Algorithm 1 never evicts."""
+        return max(1, budget // 2 - self.sinks) if self.recent is None else max(1, self.recent)
+
+    def mean_attention(self, slots: Slots) -> Tensor:
+        """`[B, H_kv, S]`: attention accumulated by each slot over the number of queries that saw it (Alg. 1)."""
+        return slots.stats["mass"] / slots.stats["count"].clamp_min(1.0)
+
+    def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
+        """Evict the slots with the least mean attention; each run of evicted values joins the slot on its right."""
+        mean = self.mean_attention(slots)
+        keep = select(slots, mean, budget, self.sinks, self.recent_of(budget))
+        if self.merge:
+            slots = join_right(slots, keep, mean)
+        return compact(slots, keep, budget)

@@ -1,0 +1,287 @@
+"""The slots of one layer's cache, and the few operations that every method is made of.
+
+A slot is one entry of the compressed cache: a key, a value, and what must be known about them. Slots are kept in
+chronological order. All functions are pure: they take `Slots` and return new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The contents of one layer's cache.
+
+    Attributes:
+        keys: `[B, H_kv, S, d]`, rotated to `positions` as the model rotated them (post-RoPE).
+        values: `[B, H_kv, S, d_v]`; for a slot that stands for several tokens, their mean unless the method says else.
+        positions: `[B, H_kv, S]` int32, the token's index in its own row's text (padding not counted); -1 when empty.
+        cardinality: `[B, H_kv, S]` int32, the number of tokens the slot stands for; 0 marks an empty slot.
+        stats: named side vectors `[B, H_kv, S]` or `[B, H_kv, S, d]` that a method accumulates (attention mass, counts).
+        state: named side values `[B, H_kv]`, one a head (a running threshold).
+        dense: nothing has been dropped or merged yet, so every slot is one token at its own position.
+        ragged: some slots may be empty (padding, or heads that keep different numbers of slots).
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    cardinality: Tensor
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    dense: bool = True
+    ragged: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of slots a head holds, empty ones included."""
+        return self.keys.shape[2]
+
+    @property
+    def valid(self) -> Tensor:
+        """`[B, H_kv, S]` bool: the slot holds something."""
+        return self.cardinality > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held, side vectors included."""
+        tensors = (self.keys, self.values, self.positions, self.cardinality, *self.stats.values(), *self.state.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def append(self, new: Slots) -> Slots:
+        """These slots followed by `new`; a side vector that `new` lacks starts at 0."""
+        zeros = new.positions.new_zeros(new.positions.shape, dtype=torch.float32)
+        return Slots(
+            keys=torch.cat([self.keys, new.keys], dim=2),
+            values=torch.cat([self.values, new.values], dim=2),
+            positions=torch.cat([self.positions, new.positions], dim=2),
+            cardinality=torch.cat([self.cardinality, new.cardinality], dim=2),
+            stats={k: torch.cat([v, new.stats.get(k, zeros.to(v.dtype))], dim=2) for k, v in self.stats.items()},
+            state=self.state,
+            dense=self.dense and new.dense,
+            ragged=self.ragged or new.ragged,
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Slots:
+        """Apply `function` to every tensor: reordering beams, moving devices."""
+        return replace(
+            self,
+            keys=function(self.keys),
+            values=function(self.values),
+            positions=function(self.positions),
+            cardinality=function(self.cardinality),
+            stats={k: function(v) for k, v in self.stats.items()},
+            state={k: function(v) for k, v in self.state.items()},
+        )
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Gather slots: `x` `[B, H, S]` or `[B, H, S, d]`, `index` `[B, H, n]` -> `[B, H, n]` or `[B, H, n, d]`."""
+    if x.dim() == 3:
+        return x.gather(2, index)
+    return x.gather(2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
+
+
+def add_at(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
+    """`x` with `source` `[B, H, n(, d)]` added at the slots `index` `[B, H, n]`."""
+    if x.dim() == 4:
+        index = index.unsqueeze(-1).expand_as(source)
+    return x.scatter_add(2, index, source)
+
+
+def compact(slots: Slots, keep: Tensor, size: int) -> Slots:
+    """Keep the marked slots, in order.
+
+    Args:
+        slots: the slots, `S` a head.
+        keep: `[B, H_kv, S]` bool; at most `size` a head.
+        size: slots a head afterwards. Heads that keep fewer get empty slots in front; unless that is because they
+            hold fewer, the caller must set `ragged`.
+
+    Returns:
+        Slots of length `size`.
+    """
+    keep = keep & slots.valid
+    order = keep.to(torch.int8).argsort(dim=2, stable=True)[..., -size:]
+    kept = keep.gather(2, order)
+    return Slots(
+        keys=take(slots.keys, order),
+        values=take(slots.values, order),
+        positions=slots.positions.gather(2, order).masked_fill(~kept, -1),
+        cardinality=slots.cardinality.gather(2, order).masked_fill(~kept, 0),
+        stats={k: _blank(take(v, order), ~kept) for k, v in slots.stats.items()},
+        state=slots.state,
+        dense=False,
+        ragged=slots.ragged,
+    )
+
+
+def _blank(x: Tensor, empty: Tensor) -> Tensor:
+    """`x` `[B, H, S]` or `[B, H, S, d]` with zeros where `empty` `[B, H, S]`."""
+    return x.masked_fill(empty if x.dim() == 3 else empty.unsqueeze(-1), 0)
+
+
+def rank(slots: Slots) -> Tensor:
+    """`[B, H_kv, S]` int64: the place of each slot among its head's filled slots, counted from 0."""
+    return slots.valid.cumsum(dim=2) - 1
+
+
+def protected(slots: Slots, sinks: int, recent: int) -> Tensor:
+    """`[B, H_kv, S]` bool: the first `sinks` and the last `recent` filled slots of each head."""
+    place = rank(slots)
+    count = slots.valid.sum(dim=2, keepdim=True)
+    return slots.valid & ((place < sinks) | (place >= count - recent))
+
+
+def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
+    """Mark the `count` candidates with the highest score; the later slot wins a tie.
+
+    Args:
+        score: `[B, H, S]`.
+        candidates: `[B, H, S]` bool.
+        count: how many to mark, one number or `[B, H, 1]`.
+
+    Returns:
+        `[B, H, S]` bool.
+    """
+    score = score.masked_fill(~candidates, -torch.inf)
+    # Stable ascending order: among equal scores the later slot comes last, so it is the one that is kept.
+    order = score.argsort(dim=2, stable=True)
+    place = torch.empty_like(order).scatter_(
+        2, order, torch.arange(score.shape[2], device=score.device).expand_as(order).contiguous()
+    )
+    return candidates & (place >= score.shape[2] - count)
+
+
+def select(slots: Slots, score: Tensor, budget: int, sinks: int, recent: int) -> Tensor:
+    """Mark what stays: the protected slots, and those of the rest with the highest score.
+
+    Args:
+        slots: `S` slots a head.
+        score: `[B, H_kv, S]`, higher is kept.
+        budget: slots that may stay.
+        sinks: first slots that always stay.
+        recent: last slots that always stay.
+
+    Returns:
+        `[B, H_kv, S]` bool with at most `budget` marks a head.
+    """
+    safe = protected(slots, sinks, recent)
+    free = budget - safe.sum(dim=2, keepdim=True)
+    return safe | top(score, slots.valid & ~safe, free)
+
+
+def next_kept(keep: Tensor) -> Tensor:
+    """`[B, H, S]` int64: the index of the first kept slot at or after each slot; `S` where there is none."""
+    size = keep.shape[2]
+    index = torch.arange(size, device=keep.device).expand_as(keep)
+    marked = torch.where(keep, index, size)
+    return marked.flip(2).cummin(dim=2).values.flip(2)
+
+
+def weighted_join(x: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """Put into every target the convex combination of the slots that go there.
+
+    Args:
+        x: `[B, H, S, d]`, what is joined (keys or values).
+        weights: `[B, H, S]`, not negative; slots that go nowhere have weight 0.
+        target: `[B, H, S]` int64, the slot each one joins (itself when it stays).
+
+    Returns:
+        `[B, H, S, d]`: at each target sum(w x) / sum(w); other rows, and targets whose weights sum to 0, unchanged.
+    """
+    weights = weights.to(_wide(x))
+    total = torch.zeros_like(weights).scatter_add(2, target, weights)
+    mixed = add_at(torch.zeros_like(x, dtype=weights.dtype), target, weights.unsqueeze(-1) * x)
+    # A slot that nobody joins keeps its bits: w v / w need not be v in floating point.
+    members = torch.zeros_like(weights).scatter_add(2, target, (weights > 0).to(weights.dtype))
+    joined = ((members > 1) & (total > 0)).unsqueeze(-1)
+    return torch.where(joined, (mixed / total.unsqueeze(-1).clamp_min(_tiny(total))).to(x.dtype), x)
+
+
+def join_right(slots: Slots, keep: Tensor, weights: Tensor) -> Slots:
+    """WeightedKV's merge: each run of evicted values joins the first kept slot on its right.
+
+    Args:
+        slots: `S` slots a head; the last one of each head is kept.
+        keep: `[B, H_kv, S]` bool.
+        weights: `[B, H_kv, S]`, the weight of each value in the convex combination.
+
+    Returns:
+        Slots of the same length with the values and cardinalities of the kept ones updated; keys untouched.
+    """
+    target = next_kept(keep).clamp_max(slots.size - 1)
+    weights = weights.masked_fill(~slots.valid, 0)
+    values = weighted_join(slots.values, weights, target)
+    cardinality = torch.zeros_like(slots.cardinality).scatter_add(2, target, slots.cardinality)
+    return replace(slots, values=values, cardinality=torch.where(keep, cardinality, slots.cardinality), dense=False)
+
+
+def greedy_pairs(score: Tensor) -> Tensor:
+    """The pairs of neighbours a greedy matching takes: lowest score first, no slot twice.
+
+    On a path the greedy choice has a closed form. Walk from a pair down the falling scores to its local minimum: the
+    minimum is taken, its neighbour is not, the next is, and so on. A pair is taken when its distance to the minimum
+    it falls to is even on each side. (Of equal scores the left pair goes first.)
+
+    Args:
+        score: `[..., P]`, the score of pair (i, i+1); +inf forbids it.
+
+    Returns:
+        `[..., P]` bool.
+    """
+    size = score.shape[-1]
+    index = torch.arange(size, device=score.device)
+    left_first = torch.zeros_like(score, dtype=torch.bool)
+    left_first[..., 1:] = score[..., :-1] <= score[..., 1:]
+    right_first = torch.zeros_like(score, dtype=torch.bool)
+    right_first[..., :-1] = score[..., 1:] < score[..., :-1]
+    start = torch.where(left_first, 0, index).cummax(dim=-1).values
+    end = torch.where(right_first, size, index).flip(-1).cummin(dim=-1).values.flip(-1)
+    return ((index - start) % 2 == 0) & ((end - index) % 2 == 0) & torch.isfinite(score)
+
+
+def uniform(seed: int, layer: int, head: Tensor, position: Tensor, stream: int = 0) -> Tensor:
+    """A uniform number in [0, 1) that depends on these five numbers and nothing else.
+
+    A counter-based draw (the finaliser of MurmurHash3 over the counters) instead of a generator: the same token gets
+    the same draw however the prompt is cut into chunks, batched, padded or resumed, and on every device.
+
+    Args:
+        seed: the run's seed.
+        layer: layer index.
+        head: KV head index, integer tensor.
+        position: token index, integer tensor that broadcasts with `head`.
+        stream: separates independent uses.
+
+    Returns:
+        float32 tensor of the broadcast shape.
+    """
+    state = _mix(torch.zeros_like(position, dtype=torch.int64) + (seed & _MASK32))
+    for counter in (stream, layer, head.to(torch.int64), position.to(torch.int64)):
+        state = _mix(state ^ ((counter * 0x9E3779B1 + 0x7F4A7C15) & _MASK32))
+    return (state >> 8).to(torch.float32) / float(1 << 24)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser in int64 arithmetic."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
+    return x ^ (x >> 16)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The type sums over `x` are formed in: float32, or float64 when `x` is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _tiny(x: Tensor) -> float:
+    """The smallest normal number of `x`'s type."""
+    return torch.finfo(x.dtype).tiny
