@@ -92,6 +92,7 @@ class CompressedLayer(CacheLayerMixin):
         self.budget: int | None = None
         self.seen = 0
         self._since = 0
+        self._tokens: Tensor | None = None  # [B] tokens seen of each row, padding not counted
         self._arrived: tuple[Tensor, Tensor] | None = None
         self._window: tuple[Tensor, Tensor] | None = None
         self.probe: GradientProbe | None = None
@@ -131,6 +132,7 @@ class CompressedLayer(CacheLayerMixin):
         """Apply `function` to every tensor held."""
         if self.slots is not None:
             self.slots = self.slots.map(function)
+            self._tokens = function(self._tokens)
         if self._window is not None:
             self._window = (function(self._window[0]), function(self._window[1]))
 
@@ -216,6 +218,7 @@ class CompressedLayer(CacheLayerMixin):
         statistics = self.method.statistics if self.active else ()
         out, found = attend(step, slots, statistics)
         self.seen += query.shape[2]
+        self._tokens = self._tokens + (positions >= 0).sum(dim=1).to(torch.int32)
         self._since += query.shape[2]
         self.is_initialized = True
         self.slots = slots
@@ -241,11 +244,11 @@ class CompressedLayer(CacheLayerMixin):
     def _new_slots(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Slots, Tensor]:
         """Slots for the tokens that arrived, and the query positions `[B, n]` (-1 for padding)."""
         b, h, n, _ = keys.shape
-        start = torch.zeros(b, 1, dtype=torch.int32, device=keys.device)
-        if self.slots is not None:
-            start = self.slots.positions.amax(dim=(1, 2))[:, None] + 1
+        if self._tokens is None:
+            self._tokens = torch.zeros(b, dtype=torch.int32, device=keys.device)
         valid = torch.ones(b, n, dtype=torch.bool, device=keys.device) if mask is None else _new_tokens(mask, b, n)
-        positions = (start + valid.cumsum(dim=1).to(torch.int32) - 1).masked_fill(~valid, -1)
+        counted = self._tokens[:, None] + valid.cumsum(dim=1).to(torch.int32)
+        positions = (counted - 1).masked_fill(~valid, -1)
         spread = positions[:, None].expand(b, h, n).contiguous()
         zeros = torch.zeros(b, h, n, dtype=torch.float32, device=keys.device)
         names = self.method.accumulates if self.active else ()

@@ -56,7 +56,8 @@ def prefill(
         cache.plan(length)
     by_loss = _by_loss(cache) and cache.compressed[0].budget is not None
     if by_loss:
-        limit = max(1, min(_GRADIENT_CHUNK, cache.compressed[0].budget // 4))
+        budget = cache.compressed[0].budget
+        limit = max(1, min(_GRADIENT_CHUNK, budget // 4, budget - cache.method.sinks_of(budget) - 1))
         chunk = limit if chunk is None else min(chunk, limit)
     chunk = length if chunk is None else chunk
     output = None

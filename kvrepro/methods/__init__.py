@@ -23,28 +23,21 @@ from kvrepro.methods.streaming_llm import StreamingLLM
 from kvrepro.methods.tova import TOVA
 from kvrepro.methods.weightedkv import WeightedKV
 
-__all__ = ["Description", "Method", "Option", "create", "describe", "get", "names"]
+__all__ = ["Description", "Method", "Option", "create", "describe", "get", "names", "register"]
 
-_METHODS: dict[str, type[Method]] = {
-    cls.name: cls
-    for cls in (
-        Full,
-        StreamingLLM,
-        H2O,
-        TOVA,
-        SnapKV,
-        PyramidKV,
-        KeyDiff,
-        Random,
-        CaM,
-        D2O,
-        KeepKV,
-        AsymKV,
-        WeightedKV,
-        KVMerger,
-        KVSlimmer,
-    )
-}
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Make a method known by its `name`; a decorator for methods written outside this package.
+
+    Raises:
+        ValueError: another method has that name.
+    """
+    if _METHODS.get(cls.name, cls).__qualname__ != cls.__qualname__:
+        raise ValueError(f"there is a method {cls.name!r} already; choose another name than one of {names()}")
+    _METHODS[cls.name] = cls
+    return cls
 
 
 def names() -> list[str]:
@@ -99,3 +92,23 @@ def describe(name: str) -> Description:
             Option(f.name, f.default, f.metadata["source"], f.metadata["choices"]) for f in dataclasses.fields(cls)
         ),
     )
+
+
+for _cls in (
+    Full,
+    StreamingLLM,
+    H2O,
+    TOVA,
+    SnapKV,
+    PyramidKV,
+    KeyDiff,
+    Random,
+    CaM,
+    D2O,
+    KeepKV,
+    AsymKV,
+    WeightedKV,
+    KVMerger,
+    KVSlimmer,
+):
+    register(_cls)
