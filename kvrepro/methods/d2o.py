@@ -116,10 +116,9 @@ class D2O(Method):
         """The running threshold `[B, H_kv]` after this eviction; it starts at the first eviction's mean similarity."""
         number = evicted.sum(dim=2)
         mean = similarity.masked_fill(~evicted, 0.0).sum(dim=2) / number.clamp_min(1)
-        old = slots.state.get("threshold")
-        new = mean if old is None else self.alpha * old + (1 - self.alpha) * mean
-        if old is not None:
-            new = torch.where(number > 0, new, old)
+        old = slots.state.get("threshold", torch.full_like(mean, torch.nan))  # not set yet
+        moved = torch.where(old.isnan(), mean, self.alpha * old + (1 - self.alpha) * mean)
+        new = torch.where(number > 0, moved, old)
         return new, dataclasses.replace(slots, state={"threshold": new})
 
 

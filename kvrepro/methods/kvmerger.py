@@ -117,7 +117,7 @@ class KVMerger(Method):
         goal = budget - self.block_of(budget) + 1 if decoding and self.bounded else budget
         link = self.links(slots, budget, goal)
         slots, keep = self.merge(slots, link, step)
-        size = goal if self.bounded else int(keep.sum(dim=2).max())
+        size = goal if self.bounded and not slots.ragged else int(keep.sum(dim=2).max())
         return dataclasses.replace(compact(slots, keep, size), ragged=slots.ragged or not self.bounded)
 
     def links(self, slots: Slots, budget: int, goal: int) -> Tensor:
@@ -142,7 +142,8 @@ class KVMerger(Method):
         possible = free[..., :-1] & free[..., 1:]
         if not self.bounded:
             return possible & (similarity > self.epsilon)
-        excess = (slots.valid.sum(dim=2, keepdim=True) - goal).clamp_min(0)
+        count = slots.valid.sum(dim=2, keepdim=True)
+        excess = torch.where(count > budget, count - goal, 0)  # a row of a batch that still fits waits
         # A run of n slots with m of its n - 1 links kept becomes n - m slots: each link saves one.
         return top(similarity, possible, excess)
 

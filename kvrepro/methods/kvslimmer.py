@@ -48,8 +48,8 @@ class KVSlimmer(PairMerging):
     def accumulate(self, slots: Slots, found: dict[str, Tensor], step: Step) -> Slots:
         """The released code's running mean of h = alpha (1 - 2 alpha) |v - o|_1 over passes (chunks).
 
-        As in the code, pass t weighs 1 / max(1, t - 1), counted for the layer: the second pass forgets the first, and
-        the new tokens of later passes start low.
+        As in the code, pass t weighs 1 / max(1, t - 1), counted for the layer: the second pass forgets the first.
+        Tokens of this pass have no past and take h as it is.
         """
         if self.variant == "paper":
             return slots
@@ -59,7 +59,9 @@ class KVSlimmer(PairMerging):
         now = alpha * (1 - 2 * alpha) * _mean_distance(slots, alpha)
         passes = slots.state.get("passes", torch.zeros_like(mass[..., 0]))
         weight = 1.0 / passes.clamp_min(1.0).unsqueeze(-1)
-        h = weight * now + (1 - weight) * slots.stats["h"]
+        first = torch.where(step.query_positions < 0, torch.iinfo(torch.int32).max, step.query_positions).amin(dim=1)
+        fresh = slots.positions >= first[:, None, None]
+        h = torch.where(fresh, now, weight * now + (1 - weight) * slots.stats["h"])
         return dataclasses.replace(slots, stats={"alpha": alpha.float(), "h": h.float()}, state={"passes": passes + 1})
 
     def weigh(self, slots: Slots, step: Step) -> Tensor:
