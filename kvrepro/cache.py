@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import weakref
 from dataclasses import dataclass
@@ -21,7 +20,10 @@ from kvrepro.methods.base import Method
 from kvrepro.rope import Rotation, find_rotation
 from kvrepro.slots import Slots
 
-logger = logging.getLogger(__name__)
+_UNREACHED = (
+    "the model's attention did not reach the cache: call kvrepro.prepare(model) first; a prepared model that "
+    "changes the cached keys before attention (multi-head latent attention) is not supported"
+)
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -65,7 +67,7 @@ class CompressedLayer(CacheLayerMixin):
         """
         if self._arrived is not None:
             self._arrived = None
-            raise RuntimeError("the model's attention did not reach the cache; call kvrepro.prepare(model) first")
+            raise RuntimeError(_UNREACHED)
         self._arrived = (key_states, value_states)
         return tag(key_states.view_as(key_states), self), value_states
 
@@ -389,7 +391,7 @@ class CompressedCache(Cache):
             raise ValueError(self._other_model())
         before = self.layers[layer_idx - 1]
         if layer_idx > 0 and isinstance(before, CompressedLayer) and before.waiting:
-            raise RuntimeError("the model's attention did not reach the cache; call kvrepro.prepare(model) first")
+            raise RuntimeError(_UNREACHED)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def plan(self, prompt: int) -> None:
@@ -478,7 +480,8 @@ def make_cache(
         **options: the method's options, see `kvrepro.methods.describe(method)`.
 
     Returns:
-        An empty cache. One cache serves one prompt or one batch of prompts.
+        An empty cache. One cache serves one prompt or one batch of prompts. A share is taken of the first pass the
+        cache sees; `prefill` tells it the whole prompt's length, and `cache.plan(length)` does where you feed pieces.
 
     Raises:
         ValueError: unknown method, option or value; a budget that leaves no room; a model that cannot be served.
@@ -487,7 +490,7 @@ def make_cache(
     _check_budget(budget)
     if isinstance(budget, int) and not chosen.unlimited:
         chosen.resolve(budget).check(budget)
-    if not is_prepared(model):
+    if not isinstance(model, PreTrainedModel) or not is_prepared(model):
         prepare(model)
     config = model.config.get_text_config(decoder=True)
     rotation = None

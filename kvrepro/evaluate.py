@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrepro.cache import CompressedCache, GradientProbe, Pass, make_cache
 
-logger = logging.getLogger(__name__)
 #: AsymKV reads prompts in chunks of 512 tokens (its code).
 _GRADIENT_CHUNK = 512
 

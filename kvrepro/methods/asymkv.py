@@ -47,7 +47,7 @@ class AsymKV(PairMerging):
         slots = super().compress(slots, budget, step)
         return dataclasses.replace(slots, stats={n: x for n, x in slots.stats.items() if n != "fisher"})
 
-    def weigh(self, slots: Slots, step: Step) -> Tensor:
+    def weigh(self, slots: Slots, seen: dict[str, Tensor]) -> Tensor:
         """k* = (g_i^2 k_i + g_j^2 k_j) / (g_i^2 + g_j^2) in each dimension; by cardinality where both are 0."""
         left, right = slots.stats["fisher"][:, :, :-1], slots.stats["fisher"][:, :, 1:]
         total = left + right

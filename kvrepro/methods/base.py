@@ -106,11 +106,29 @@ class Method:
             if choices and not any(value is c or (value == c and type(value) is type(c)) for c in choices):
                 raise ValueError(f"{self.name}: {f.name}={value!r} is not valid; choose one of {list(choices)}")
         for name in self.whole_numbers:
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ValueError(f"{self.name}: {name}={value!r} is not valid; give a whole number of slots, 0 or more")
+            self.require_whole(name, 0)
         if not isinstance(self.seed, int):
             raise ValueError(f"{self.name}: seed={self.seed!r} is not valid; give a whole number")
+
+    def require_whole(self, name: str, least: int) -> None:
+        """Check that an option is None or a whole number of at least `least`.
+
+        Raises:
+            ValueError: it is not.
+        """
+        value = getattr(self, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ValueError(f"{self.name}: {name}={value!r} is not valid; give a whole number, {least} or more")
+
+    def require_number(self, name: str, low: float, high: float) -> None:
+        """Check that an option is a number in [low, high].
+
+        Raises:
+            ValueError: it is not.
+        """
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"{self.name}: {name}={value!r} is not valid; give a number from {low} to {high}")
 
     def resolved(self) -> dict[str, Any]:
         """All options with their values, for records."""

@@ -39,8 +39,7 @@ class CaM(Method):
     def __post_init__(self) -> None:
         """Check the options' values."""
         super().__post_init__()
-        if self.targets < 1:
-            raise ValueError(f"{self.name}: targets={self.targets} is not valid; give a number of at least 1")
+        self.require_whole("targets", 1)
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Let the oldest non-sink slots leave one by one, each giving v / 16 to the next 16 slots or to none."""

@@ -60,8 +60,7 @@ class D2O(Method):
     def __post_init__(self) -> None:
         """Check the options' values."""
         super().__post_init__()
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"{self.name}: alpha={self.alpha!r} is not valid; give a number from 0 to 1")
+        self.require_number("alpha", 0.0, 1.0)
 
     @property
     def shares_layers(self) -> bool:

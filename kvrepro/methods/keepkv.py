@@ -34,8 +34,7 @@ class KeepKV(Method):
     def __post_init__(self) -> None:
         """Check the options' values."""
         super().__post_init__()
-        if not -1.0 <= self.threshold <= 1.0:
-            raise ValueError(f"{self.name}: threshold={self.threshold!r} is not valid; give a cosine from -1 to 1")
+        self.require_number("threshold", -1.0, 1.0)
 
     def recent_of(self, budget: int) -> int:
         """Half of the budget unless set."""

@@ -40,6 +40,12 @@ class KVMerger(Method):
     )
     pivot: str = option("attention", "second-hand: the most attended member", ("attention", "random"))
     weights: str = option("gaussian", "second-hand: Gaussian kernel", ("gaussian", "mean"))
+    mass: str = option(
+        "values",
+        "second-hand: the merged value is |S| times the mean; 'attention' (ours) gives the pivot's logit + log |S| "
+        "instead, 'none' (ours) neither",
+        ("values", "attention", "none"),
+    )
     budget_mode: str = option(
         "exact",
         "ours: cut the least similar pairs until the budget is met; 'threshold' merges above epsilon whatever results",
@@ -52,19 +58,25 @@ class KVMerger(Method):
 
     def __post_init__(self) -> None:
         """Check the options' values."""
-        for name in ("recent", "topk"):
-            value = getattr(self, name)
-            if isinstance(value, float) and not 0.0 <= value < 1.0:
-                raise ValueError(
-                    f"{self.name}: {name}={value!r} is not valid; give slots, or a share of the budget below 1"
-                )
-        if not (self.sigma in ("mean_dist", "printed") or (isinstance(self.sigma, int | float) and self.sigma > 0)):
-            raise ValueError(
-                f"{self.name}: sigma={self.sigma!r} is not valid; choose 'mean_dist', 'printed' or a number above 0"
-            )
-        if not -1.0 <= self.epsilon <= 1.0:
-            raise ValueError(f"{self.name}: epsilon={self.epsilon!r} is not valid; give a cosine from -1 to 1")
         super().__post_init__()
+        for name in ("recent", "topk"):
+            if isinstance(getattr(self, name), float):
+                self.require_number(name, 0.0, 0.99)  # a share of the budget
+            else:
+                self.require_whole(name, 0)
+        self.require_whole("block", 1)
+        self.require_number("epsilon", -1.0, 1.0)
+        if self.sigma not in ("mean_dist", "printed"):
+            if isinstance(self.sigma, str):
+                raise ValueError(
+                    f"{self.name}: sigma={self.sigma!r} is not valid; choose 'mean_dist', 'printed' or a number above 0"
+                )
+            self.require_number("sigma", 1e-6, 1e6)
+
+    @property
+    def cardinality_bias(self) -> bool:
+        """Whether |S| enters through the logits."""
+        return self.mass == "attention"
 
     @property
     def bounded(self) -> bool:
@@ -168,9 +180,12 @@ class KVMerger(Method):
         place = torch.arange(slots.size, device=link.device).expand_as(target)
         stays = (place == target) & slots.valid
         merged = stays & (_sum(slots.valid.int(), group).gather(2, group) > 1)
-        # Values are stored as c times a mean (the |S| factor): undo it before averaging, redo it with the set's size.
-        each = slots.values.to(weight.dtype) / slots.cardinality.clamp_min(1).unsqueeze(-1)
-        values = _mix(each, weight, target) * size.unsqueeze(-1)
+        values = slots.values.to(weight.dtype)
+        if self.mass == "values":  # stored as |S| times a mean: undo it before averaging, redo it with the set's size
+            values = values / slots.cardinality.clamp_min(1).unsqueeze(-1)
+        values = _mix(values, weight, target)
+        if self.mass == "values":
+            values = values * size.unsqueeze(-1)
         keys = _mix(slots.keys.to(weight.dtype), weight, target)
         pick = merged.unsqueeze(-1)
         mass = _sum(slots.stats["mass"], group).gather(2, group)

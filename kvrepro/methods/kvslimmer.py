@@ -58,13 +58,23 @@ class KVSlimmer(PairMerging):
         alpha = mass / mass.sum(dim=2, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
         now = alpha * (1 - 2 * alpha) * _mean_distance(slots, alpha)
         passes = slots.state.get("passes", torch.zeros_like(mass[..., 0]))
+        asked = (step.query_positions >= 0).any(dim=1, keepdim=True).to(passes.dtype)  # [B, 1]: padding is no pass
         weight = 1.0 / passes.clamp_min(1.0).unsqueeze(-1)
         first = torch.where(step.query_positions < 0, torch.iinfo(torch.int32).max, step.query_positions).amin(dim=1)
         fresh = slots.positions >= first[:, None, None]
         h = torch.where(fresh, now, weight * now + (1 - weight) * slots.stats["h"])
-        return dataclasses.replace(slots, stats={"alpha": alpha.float(), "h": h.float()}, state={"passes": passes + 1})
+        return dataclasses.replace(
+            slots, stats={"alpha": alpha.float(), "h": h.float()}, state={"passes": passes + asked}
+        )
 
-    def weigh(self, slots: Slots, step: Step) -> Tensor:
+    def observe(self, slots: Slots, step: Step) -> dict[str, Tensor]:
+        """Attention mass, and for the paper's variant the norms of the second derivatives, in one pass."""
+        if self.variant == "released":
+            return super().observe(slots, step)
+        single, cross, mass = curvature_norms(slots, step)
+        return {"mass": mass, "single": single, "cross": cross}
+
+    def weigh(self, slots: Slots, seen: dict[str, Tensor]) -> Tensor:
         """`[B, H_kv, S - 1, 1]`: the share of the left key by the closed form."""
         if self.variant == "released":
             alpha = slots.stats["alpha"]
@@ -72,7 +82,7 @@ class KVSlimmer(PairMerging):
             cross = alpha[..., :-1] * alpha[..., 1:] * (distance[..., :-1] + distance[..., 1:])
             single = slots.stats["h"]
         else:
-            single, cross, alpha = curvature_norms(slots, step)
+            alpha, single, cross = seen["mass"], seen["single"], seen["cross"]
         return merge_share(single[..., :-1], single[..., 1:], cross, alpha[..., :-1], alpha[..., 1:]).unsqueeze(-1)
 
     def merge_stats(self, slots: Slots, share: Tensor) -> dict[str, Tensor]:

@@ -53,12 +53,23 @@ class PairMerging(Method):
         """A quarter of the budget unless set; at least the newest token."""
         return max(1, budget // 4 if self.recent is None else self.recent)
 
-    def weigh(self, slots: Slots, step: Step) -> Tensor:
+    def observe(self, slots: Slots, step: Step) -> dict[str, Tensor]:
+        """What a round needs to know of the pass's attention to the present slots.
+
+        Returns:
+            `"mass"` `[B, H_kv, S]`: attention, cardinality included, summed over the pass's queries and the group.
+        """
+        mass = torch.zeros_like(slots.positions, dtype=torch.promote_types(slots.keys.dtype, torch.float32))
+        for _, p in step.blocks(slots):
+            mass = mass + p.sum(dim=(2, 3))
+        return {"mass": mass}
+
+    def weigh(self, slots: Slots, seen: dict[str, Tensor]) -> Tensor:
         """The share of the left key in each merged pair.
 
         Args:
             slots: `S` slots a head.
-            step: the pass.
+            seen: what `observe` returned.
 
         Returns:
             `[B, H_kv, S - 1, 1]`, or `[B, H_kv, S - 1, d]` for a share of its own in each dimension.
@@ -81,15 +92,12 @@ class PairMerging(Method):
                 )
         return slots
 
-    def scores(self, slots: Slots, budget: int, step: Step) -> Tensor:
+    def scores(self, slots: Slots, budget: int, mass: Tensor) -> Tensor:
         """`[B, 1, S - 1]`: what merging each pair would cost, +inf where it must not be merged (code).
 
-        Attention mass of the pass's queries (with the cardinality in it), over both slots and all heads, discounted
+        Attention `mass` `[B, H_kv, S]` of the pass's queries (with the cardinality in it), over both slots and all heads, discounted
         by place, times the pair's cardinality ("released" KVSlimmer leaves the last factor out: `pair_factor`).
         """
-        mass = torch.zeros_like(slots.positions, dtype=torch.promote_types(slots.keys.dtype, torch.float32))
-        for _, p in step.blocks(slots):
-            mass = mass + p.sum(dim=(2, 3))
         mass = mass.sum(dim=1, keepdim=True)  # [B, 1, S]
         place = rank(slots)[:, :1]
         score = (mass[..., :-1] + mass[..., 1:]) * (-place[..., :-1] / GAMMA).exp() * self.pair_factor(slots)
@@ -104,11 +112,12 @@ class PairMerging(Method):
 
     def _round(self, slots: Slots, budget: int, step: Step) -> Slots:
         """One round: choose pairs, merge each into its right slot, drop the left one."""
-        score = self.scores(slots, budget, step)
+        seen = self.observe(slots, step)
+        score = self.scores(slots, budget, seen["mass"])
         excess = (slots.valid.sum(dim=2, keepdim=True)[:, :1] - budget).clamp_min(0)
         allowed = greedy_pairs(score) if self.overlap == "disjoint" else torch.isfinite(score)
         chosen = top(-score, allowed, excess).expand(-1, slots.keys.shape[1], -1)  # [B, H, S - 1]
-        share = self.weigh(slots, step)
+        share = self.weigh(slots, seen)
         left, right = slots.cardinality[:, :, :-1], slots.cardinality[:, :, 1:]
         total = left + right
         stored = total.clamp_max(MAX_CARDINALITY) if self.variant == "released" else total

@@ -24,8 +24,7 @@ class PyramidKV(SnapKV):
     def __post_init__(self) -> None:
         """Check the options' values."""
         super().__post_init__()
-        if self.beta < 1:
-            raise ValueError(f"{self.name}: beta={self.beta} is not valid; give a number of at least 1")
+        self.require_whole("beta", 1)
 
     def layer_budget(self, budget: int, layer: int, layers: int) -> int:
         """An arithmetic sequence whose sum over layers is exactly `budget * layers`."""

@@ -35,11 +35,10 @@ class SnapKV(Method):
     def __post_init__(self) -> None:
         """Check the options' values."""
         super().__post_init__()
-        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(
-                f"{self.name}: window={self.window}, kernel={self.kernel} is not valid; "
-                "give a window of at least 1 and an odd kernel"
-            )
+        self.require_whole("window", 1)
+        self.require_whole("kernel", 1)
+        if self.kernel % 2 == 0:
+            raise ValueError(f"{self.name}: kernel={self.kernel} is not valid; give an odd number")
 
     def window_of(self, budget: int) -> int:
         """The observation window, at most half of the budget."""
