@@ -95,8 +95,8 @@ class PairMerging(Method):
     def scores(self, slots: Slots, budget: int, mass: Tensor) -> Tensor:
         """`[B, 1, S - 1]`: what merging each pair would cost, +inf where it must not be merged (code).
 
-        Attention `mass` `[B, H_kv, S]` of the pass's queries (with the cardinality in it), over both slots and all heads, discounted
-        by place, times the pair's cardinality ("released" KVSlimmer leaves the last factor out: `pair_factor`).
+        Attention `mass` `[B, H_kv, S]` of the pass's queries, over both slots and all heads, discounted by place, times
+        the pair's cardinality ("released" KVSlimmer leaves the last factor out: `pair_factor`).
         """
         mass = mass.sum(dim=1, keepdim=True)  # [B, 1, S]
         place = rank(slots)[:, :1]
