@@ -1,0 +1,216 @@
+"""Make the book: run the notebooks that need it, write what is generated, build the pages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import nbformat
+
+from kvrepro.book.checks import check_profile_runs, default_profile
+from kvrepro.book.execute import Outcome, downloads, execute
+from kvrepro.book.files import locked, write_text
+from kvrepro.book.parameters import check, defaults
+from kvrepro.book.progress import Reporter, duration
+from kvrepro.book.project import BookError, Notebook, Project, check_profile
+from kvrepro.book.site import build_site, check_toc, stage
+from kvrepro.book.stamps import Sources, Stamp, count_statuses, plain, source_hash, why
+from kvrepro.records import write_records
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a build did.
+
+    Attributes:
+        profile: the profile built.
+        ran: notebooks that were run.
+        failed: what went wrong, by notebook.
+        missing: notebooks that were not run yet.
+        built: whether the pages were built; False when they were up to date.
+        front: the page to open.
+    """
+
+    profile: str
+    ran: list[str]
+    failed: dict[str, str]
+    missing: list[str]
+    built: bool
+    front: Path
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A notebook to run, with what differs from its parameters cell, and why it runs."""
+
+    notebook: Notebook
+    parameters: Mapping[str, Any]
+    why: str
+
+    def all_parameters(self) -> dict[str, Any]:
+        """Every parameter with the value it runs with."""
+        return {**defaults(self.notebook.source), **self.parameters}
+
+    def last_time(self, profile: str) -> Stamp | None:
+        """The stamp of the last run of this profile, if it went through."""
+        stamp = Stamp.read(self.notebook.stamp)
+        return stamp if stamp and stamp.profile == profile and not stamp.failure else None
+
+
+def build(
+    project: Project, profile: str | None = None, names: Sequence[str] = (), *, force: bool = False, site: bool = True
+) -> Report:
+    """Run the notebooks whose pages no longer hold, then build the pages when something they show changed.
+
+    Args:
+        project: the checkout.
+        profile: ``smoke``, ``quick``, ``gpu`` or ``paper``; by default ``gpu`` where CUDA is found, else ``quick``.
+        names: only these notebooks; the other pages stay as they are.
+        force: run the notebooks although their pages still hold.
+        site: build the pages afterwards.
+
+    Returns:
+        What was done. Notebooks that failed are in ``failed``: their pages show how.
+
+    Raises:
+        RequestError: an unknown profile, notebook or parameter; before anything runs.
+        BookError: the profile cannot run here, or the pages could not be built.
+        KeyboardInterrupt: stopped; what was finished is kept, and the next build goes on from there.
+    """
+    profile = check_profile(profile or default_profile())
+    every = project.notebooks()
+    sources = Sources()
+    tasks = _tasks(project.select(names), profile, sources, force)
+    check_toc(project, every)
+    if tasks:
+        check_profile_runs(profile, [task.all_parameters() for task in tasks])
+    with locked(project.work / "build.lock"), _terminable():
+        _run_all(project, tasks, profile, sources)
+        missing = stage(project, every, sources)
+        failed = {notebook.name: reason for notebook in every if (reason := _failure(notebook))}
+        built = site and build_site(project, strict=not failed and not missing)
+    return Report(profile, [task.notebook.name for task in tasks], failed, missing, built, project.front)
+
+
+def run(
+    project: Project, name: str, given: Mapping[str, Any], profile: str | None = None, *, force: bool = False
+) -> Path:
+    """Run one notebook: the book's own page, or with parameters of one's own a copy under ``results/runs``.
+
+    Args:
+        project: the checkout.
+        name: the notebook.
+        given: parameters to set; they go over those of the profile.
+        profile: as in :func:`build`.
+        force: run it although it was run with these parameters before and nothing changed.
+
+    Returns:
+        The executed notebook.
+
+    Raises:
+        RequestError: an unknown profile, notebook or parameter; before anything runs.
+        BookError: the profile cannot run here, or the notebook failed.
+    """
+    profile = check_profile(profile or default_profile())
+    notebook = project.select([name])[0]
+    known = defaults(notebook.source)
+    parameters = check(notebook.name, known, {**notebook.parameters(profile), **given})
+    if given:
+        digest = hashlib.sha256(json.dumps(plain({**known, **parameters}), sort_keys=True).encode()).hexdigest()[:8]
+        notebook = replace(notebook, page=project.runs / f"{notebook.name.replace('/', '-')}-{digest}.ipynb")
+    sources = Sources()
+    reason = why(notebook, parameters, sources) or ("asked for" if force else "")
+    if reason:
+        task = _Task(notebook, parameters, reason)
+        check_profile_runs(profile, [task.all_parameters()])
+        with locked(project.work / "build.lock"), _terminable():
+            _run_all(project, [task], "" if given else profile, sources)
+    if failure := _failure(notebook):
+        raise BookError(f"{notebook.name} failed: {failure}; it is in {notebook.page} as far as it ran")
+    return notebook.page
+
+
+def _tasks(chosen: Sequence[Notebook], profile: str, sources: Sources, force: bool) -> list[_Task]:
+    """What is to be run, every parameter checked."""
+    tasks = []
+    for notebook in chosen:
+        parameters = check(notebook.name, defaults(notebook.source), notebook.parameters(profile))
+        reason = why(notebook, parameters, sources) or ("asked for" if force else "")
+        if reason:
+            tasks.append(_Task(notebook, parameters, reason))
+        elif (stamp := Stamp.read(notebook.stamp)) and stamp.profile != profile:
+            replace(stamp, profile=profile).write(notebook.stamp)  # the same parameters in both
+    return tasks
+
+
+def _run_all(project: Project, tasks: Sequence[_Task], profile: str, sources: Sources) -> None:
+    known = {task.notebook.name: stamp.seconds for task in tasks if (stamp := task.last_time(profile))}
+    with Reporter([task.notebook.name for task in tasks], known) as reporter:
+        for task in tasks:
+            with reporter.running(task.notebook.name, task.why):
+                outcome = execute(project, task.notebook, task.parameters, reporter.feed)
+                _keep(task, outcome, profile, sources)
+            failure = _failure(task.notebook)
+            took = duration(outcome.seconds)
+            reporter.say(f"      FAILED after {took}: {failure}" if failure else f"      done in {took}")
+
+
+def _keep(task: _Task, outcome: Outcome, profile: str, sources: Sources) -> None:
+    """Put an executed notebook and its records in place. The stamp comes last: without it the page counts as not run."""
+    notebook = task.notebook
+    notebook.stamp.unlink(missing_ok=True)
+    if profile:
+        downloads(outcome.notebook, notebook, bool(outcome.records))
+    write_text(notebook.page, nbformat.writes(outcome.notebook) + "\n")
+    notebook.records.unlink(missing_ok=True)
+    if outcome.records:
+        write_records(notebook.records, outcome.records)
+    used = sorted({record.cell.method for record in outcome.records})
+    Stamp(
+        profile=profile,
+        parameters=plain(task.parameters),
+        source=source_hash(notebook.source),
+        code=sources.code(notebook.source, used),
+        methods=used,
+        records=[record.key for record in outcome.records],
+        statuses=count_statuses(outcome.records),
+        seconds=round(outcome.seconds, 1),
+        environment={**outcome.environment, "date": datetime.now(UTC).isoformat(timespec="seconds")},
+        failure=outcome.failure,
+    ).write(notebook.stamp)
+
+
+def _failure(notebook: Notebook) -> str:
+    """What went wrong when the page was last run, empty for nothing."""
+    stamp = Stamp.read(notebook.stamp)
+    if stamp is None:
+        return ""
+    broken = stamp.statuses.get("error", 0)
+    first = stamp.failure.strip().splitlines()[0] if stamp.failure.strip() else ""
+    return first or (f"{broken} of {len(stamp.records)} values could not be measured" if broken else "")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Make a termination signal end a build as Ctrl-C does, with the kernel shut down."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

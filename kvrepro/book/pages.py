@@ -1,0 +1,194 @@
+"""Pages and tables that the build writes: methods and their options, the notebooks, and the status page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+from kvrepro import methods, provenance
+from kvrepro.book.files import write_if_changed
+from kvrepro.book.parameters import defaults
+from kvrepro.book.progress import duration
+from kvrepro.book.project import PROFILES, Notebook, Project
+from kvrepro.book.stamps import Stamp
+from kvrepro.records import Record, read_records
+
+_BADGES = {"paper": "primary", "code": "info", "second-hand": "warning", "ours": "success"}
+_MARK = re.compile(rf"^({'|'.join(_BADGES)}):?\s*")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; pipes in the cells are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
+def code(value: object) -> str:
+    """A value in backticks."""
+    return f"`{value}`"
+
+
+def _source(text: str) -> str:
+    """Where a default comes from, with its first word as the book's mark."""
+    match = _MARK.match(text)
+    if not match:
+        return text
+    rest = text[match.end() :]
+    return f"{{bdg-{_BADGES[match[1]]}}}`{match[1]}`" + (f" {rest}" if rest else "")
+
+
+def options_table(method: str) -> str:
+    """The options of a method: default, choices, and where the default comes from."""
+    rows = [
+        [code(o.name), code(repr(o.default)), ", ".join(code(repr(c)) for c in o.choices), _source(o.source)]
+        for o in methods.describe(method).options
+    ]
+    return markdown_table(["Option", "Default", "Choices", "Where the default comes from"], rows)
+
+
+def methods_table() -> str:
+    """All methods with their papers."""
+    about = [methods.describe(name) for name in methods.names()]
+    rows = [[code(d.name), d.kind, f"[{d.paper}]({d.url})" if d.url else d.paper] for d in about]
+    return markdown_table(["Name", "Kind", "Paper"], rows)
+
+
+def notebooks_table(notebooks: Sequence[Notebook]) -> str:
+    """All notebooks with their parameters and the values of the quick profile."""
+    rows = []
+    for notebook in notebooks:
+        values = {**defaults(notebook.source), **notebook.parameters("quick")}
+        shown = ", ".join(code(f"{name}={value!r}") for name, value in values.items())
+        rows.append([code(notebook.name), f"[{notebook.title}](results/{notebook.name}.ipynb)", shown])
+    return markdown_table(["Notebook", "Title", "Parameters"], rows)
+
+
+def profiles_table(notebooks: Sequence[Notebook], profile: str) -> str:
+    """What a profile changes in each notebook."""
+    rows = []
+    for notebook in notebooks:
+        changes = ", ".join(code(f"{name}={value!r}") for name, value in notebook.parameters(profile).items())
+        rows.append([code(notebook.name), changes or "as the notebook is written"])
+    return markdown_table(["Notebook", f"Changed by `{profile}`"], rows)
+
+
+def write_generated(project: Project, notebooks: Sequence[Notebook]) -> None:
+    """Write the tables that the chapters include, under ``book/_generated``."""
+    folder = project.book / "_generated"
+    for name in methods.names():
+        write_if_changed(folder / "options" / f"{name}.md", options_table(name))
+    write_if_changed(folder / "methods.md", methods_table())
+    write_if_changed(folder / "notebooks.md", notebooks_table(notebooks))
+    profiles = [f"### {name}\n\n{about}.\n\n{profiles_table(notebooks, name)}\n" for name, about in PROFILES.items()]
+    write_if_changed(folder / "profiles.md", "".join(profiles))
+
+
+def status_page(project: Project, notebooks: Sequence[Notebook]) -> str:
+    """The status page: what the pages were made with, when, and how long it took.
+
+    It depends on what was run and on the checkout alone, so that it changes only when one of them does.
+    """
+    stamps = {notebook.name: Stamp.read(notebook.stamp) for notebook in notebooks}
+    ran = [stamp for stamp in stamps.values() if stamp]
+    return "\n".join(
+        [
+            "# Status\n",
+            "What the results pages of this copy of the book were made with. This page is written by the build.\n",
+            _made_with(project, ran),
+            "## Notebooks\n",
+            wide(_runs_table(notebooks, stamps)),
+            "## Records\n",
+            "One record is one measured value with everything it depends on; see [how to rerun](rerun.md).\n",
+            wide(_records_table(notebooks)),
+        ]
+    )
+
+
+def wide(table: str) -> str:
+    """A table that scrolls on its own where the page is too narrow for it."""
+    return f"::::{{div}} wide\n{table}::::\n"
+
+
+def _made_with(project: Project, stamps: Sequence[Stamp]) -> str:
+    commit, dirty = provenance.commit(project.root)
+    newest = max(stamps, key=lambda stamp: stamp.environment.get("date", ""), default=None)
+    about = newest.environment if newest else {}
+    versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items() if version)
+    rows = [
+        ["profile", ", ".join(sorted({code(stamp.profile) for stamp in stamps})) or "nothing was run yet"],
+        ["last computed", _when(about.get("date", "")) or "never"],
+        ["commit of this copy", _commit(commit, dirty)],
+        ["machine", f"{provenance.cpu_name()}, {os.cpu_count()} CPU cores, {_memory_gib():.0f} GiB"],
+        ["device", ", ".join(sorted({stamp.environment.get("device", "unknown") for stamp in stamps})) or "none yet"],
+        ["versions", versions or "unknown"],
+        ["run time of all notebooks", duration(sum(stamp.seconds for stamp in stamps))],
+    ]
+    return markdown_table(["What", "This copy"], rows)
+
+
+def _memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _commit(commit: str | None, dirty: bool | None) -> str:
+    if commit is None:
+        return "none"
+    return code(commit[:12]) + (" (with changes)" if dirty else "")
+
+
+def _when(date: str) -> str:
+    return f"{date[:16].replace('T', ' ')} UTC" if date else ""
+
+
+def _runs_table(notebooks: Sequence[Notebook], stamps: dict[str, Stamp | None]) -> str:
+    rows = []
+    for notebook in notebooks:
+        stamp = stamps[notebook.name]
+        link = f"[{notebook.title}](results/{notebook.name}.ipynb)"
+        if stamp is None:
+            rows.append([link, "not run yet", "", "", "", ""])
+            continue
+        where = stamp.environment
+        counts = ", ".join(f"{n} {status}" for status, n in stamp.statuses.items()) or "none"
+        state = f"**failed**: {stamp.failure.splitlines()[0]}" if stamp.failure else duration(stamp.seconds)
+        commit = _commit(where.get("commit"), where.get("dirty"))
+        rows.append([link, stamp.profile, state, counts, _when(where.get("date", "")), commit])
+    return markdown_table(["Page", "Profile", "Took", "Records", "Run", "Commit"], rows)
+
+
+def _records_table(notebooks: Sequence[Notebook]) -> str:
+    rows = []
+    for notebook in notebooks:
+        records = read_records(notebook.records) if notebook.records.is_file() else []
+        if records:
+            rows.append(
+                [
+                    f"{{download}}`{notebook.name} <results/{notebook.name}.records.jsonl>`",
+                    ", ".join(sorted({record.cell.metric for record in records})),
+                    _texts(records),
+                    str(len(records)),
+                    duration(sum(record.provenance["wall_s"] for record in records)),
+                    f"{max(record.provenance['peak_bytes'] for record in records) / 2**30:.2f} GiB",
+                ]
+            )
+    return markdown_table(["Download", "Metrics", "Model and texts", "Records", "Measured in", "Peak memory"], rows)
+
+
+def _texts(records: Sequence[Record]) -> str:
+    models = sorted({record.cell.model for record in records})
+    data = sorted({record.cell.data for record in records})
+    return f"{', '.join(models)}; {', '.join(data)}"
+
+
+def placeholder(notebook: Notebook) -> str:
+    """A page in place of a notebook that was not run yet, as the text of an ``.ipynb`` file."""
+    text = [
+        f"# {notebook.title}\n\n:::{{warning}}\nThis notebook was not run yet: `make book` runs all of them,\n",
+        f"`kvrepro build --notebook {notebook.name}` this one.\n:::",
+    ]
+    cell = {"cell_type": "markdown", "id": "not-run-yet", "metadata": {"tags": ["kvrepro-placeholder"]}, "source": text}
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return json.dumps({"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1) + "\n"

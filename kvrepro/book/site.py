@@ -1,0 +1,189 @@
+"""Build the pages with Jupyter Book, without a warning, and only when something they show changed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import nbformat
+import yaml
+
+from kvrepro.book.execute import note
+from kvrepro.book.files import write_if_changed, write_text
+from kvrepro.book.pages import placeholder, status_page, write_generated
+from kvrepro.book.project import BookError, Notebook, Project
+from kvrepro.book.stamps import Sources, Stamp, why
+
+_COMMAND = ["build", ".", "--path-output", ".", "--all", "--keep-going", "-n"]
+_WARNING = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
+_TOOLS = ("jupyter-book", "sphinx", "myst-nb", "sphinx-book-theme", "pydata-sphinx-theme", "sphinxcontrib-bibtex")
+
+
+def check_toc(project: Project, notebooks: Sequence[Notebook]) -> None:
+    """Make sure that the table of contents lists every notebook's page, and no page of a notebook that is not there.
+
+    Raises:
+        BookError: they disagree, or a chapter is missing.
+    """
+    listed = set(toc_files(project))
+    prefix = "book/results/"
+    wanted = {prefix + notebook.name for notebook in notebooks}
+    problems = [f"add {name} to _toc.yml" for name in sorted(wanted - listed)]
+    problems += [f"take {name} out of _toc.yml" for name in sorted(n for n in listed - wanted if n.startswith(prefix))]
+    for name in sorted(name for name in listed if not name.startswith(prefix) and name != "book/status"):
+        if not any((project.root / f"{name}{suffix}").is_file() for suffix in (".md", ".ipynb", ".rst")):
+            problems.append(f"write {name}.md, or take it out of _toc.yml")
+    if problems:
+        raise BookError("_toc.yml and notebooks/index.yml disagree: " + "; ".join(problems))
+
+
+def toc_files(project: Project) -> list[str]:
+    """Every page in the table of contents, in order, the front page first.
+
+    Raises:
+        BookError: ``_toc.yml`` cannot be read.
+    """
+    try:
+        toc = yaml.safe_load((project.root / "_toc.yml").read_text(encoding="utf-8"))
+        return [toc["root"], *_files(toc)]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise BookError(f"cannot read {project.root / '_toc.yml'}: {error}") from error
+
+
+def _files(node: object) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "file" in node:
+            yield node["file"]
+        for key in ("parts", "chapters", "sections"):
+            yield from _files(node.get(key, []))
+    elif isinstance(node, list):
+        for item in node:
+            yield from _files(item)
+
+
+def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> list[str]:
+    """Bring everything that is generated up to date: tables, status page, notes on pages that no longer hold.
+
+    Args:
+        project: the checkout.
+        notebooks: all of its notebooks.
+        sources: the package as it is now.
+
+    Returns:
+        Names of the pages whose notebooks were not run yet.
+    """
+    missing = []
+    for notebook in notebooks:
+        if not notebook.page.is_file() or Stamp.read(notebook.stamp) is None:
+            missing.append(notebook.name)
+            write_if_changed(notebook.page, placeholder(notebook))
+        else:
+            _mark(notebook, sources)
+    write_generated(project, notebooks)
+    write_if_changed(project.book / "status.md", status_page(project, notebooks))
+    return missing
+
+
+def _mark(notebook: Notebook, sources: Sources) -> None:
+    """Put a note on a page that failed or that no longer holds for the profile it was run for."""
+    stamp = Stamp.read(notebook.stamp)
+    if stamp is None:
+        return
+    reason = why(notebook, notebook.profiles.get(stamp.profile, {}), sources)
+    page = nbformat.read(notebook.page, as_version=4)
+    if stamp.failure:
+        text = f"**This notebook failed**, so the page ends where it stopped.\n\n```text\n{stamp.failure}\n```"
+        note(page, "danger", text)
+    elif broken := stamp.statuses.get("error"):
+        note(page, "danger", f"**{broken} of the values of this page could not be measured**; their records say why.")
+    elif reason:
+        note(page, "warning", f"**This page is out of date** ({reason}): `make book` runs it again.")
+    else:
+        note(page, "note", "")
+    write_if_changed(notebook.page, nbformat.writes(page) + "\n")
+
+
+def build_site(project: Project, strict: bool) -> bool:
+    """Build the HTML pages, unless nothing that they show changed.
+
+    Args:
+        project: the checkout, staged.
+        strict: whether a warning is an error, as it is when every notebook ran.
+
+    Returns:
+        Whether the pages were built; False when they were up to date.
+
+    Raises:
+        BookError: Jupyter Book failed or, when strict, warned.
+    """
+    stamp = project.work / "site.stamp"
+    inputs = _inputs(project)
+    if project.front.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == inputs:
+        return False
+    stamp.unlink(missing_ok=True)
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", *_COMMAND]
+    done = subprocess.run(
+        [*command, "-W"] if strict else command,
+        cwd=project.root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    log = project.work / "jupyter-book.log"
+    write_text(log, done.stdout)
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if _WARNING.search(line)] or done.stdout.splitlines()[-15:]
+        shown = "\n".join(f"  {line}" for line in lines[:30])
+        raise BookError(f"Jupyter Book failed (all of it is in {log}):\n{shown}")
+    if strict:
+        write_text(stamp, inputs)
+    return True
+
+
+def _inputs(project: Project) -> str:
+    """The sha256 of every file that the pages are made from, and of the versions of the tools that make them."""
+    digest = hashlib.sha256()
+    for tool in _TOOLS:
+        digest.update(f"{tool} {metadata.version(tool)}\n".encode())
+    folders = (project.book, project.root / "notebooks")
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if _is_input(path)]
+    for path in [project.root / "_config.yml", project.root / "_toc.yml", *files]:
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(project.root)} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_input(path: Path) -> bool:
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts[-3:])
+    return path.is_file() and not hidden and not path.name.endswith(".stamp.json")
+
+
+def outside_references(html: Path) -> list[str]:
+    """What the built pages would load from elsewhere: ``file: tag address``, empty for a site that stands alone.
+
+    Args:
+        html: folder of the built site.
+    """
+    loads = re.compile(
+        r"<(script|link|img|iframe|source|video|audio|object|embed)\b[^>]*?\b(?:src|href|data)\s*=\s*[\"']?"
+        r"((?:https?:)?//[^\"'\s>]+)",
+        re.IGNORECASE,
+    )
+    harmless = re.compile(r"<link\b[^>]*\brel\s*=\s*[\"']?(?:canonical|license|author)\b", re.IGNORECASE)
+    imports = re.compile(r"@import\s+(?:url\()?[\"']?((?:https?:)?//[^\"')\s]+)|url\([\"']?((?:https?:)?//[^\"')\s]+)")
+    found = []
+    for page in sorted(html.rglob("*.html")):
+        for match in loads.finditer(page.read_text(encoding="utf-8")):
+            if not harmless.match(match[0]):
+                found.append(f"{page.relative_to(html)}: {match[1]} {match[2]}")
+    for sheet in sorted(html.rglob("*.css")):
+        for match in imports.finditer(sheet.read_text(encoding="utf-8", errors="replace")):
+            found.append(f"{sheet.relative_to(html)}: css {match[1] or match[2]}")
+    return found

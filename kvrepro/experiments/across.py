@@ -1,0 +1,137 @@
+"""All methods on the same text at the same bytes: how far the predictions move from the full cache's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+import torch
+from transformers import PreTrainedModel
+
+from kvrepro import evaluate
+from kvrepro.cache import make_cache
+from kvrepro.experiments.common import Bench, as_list, parse_variants
+from kvrepro.records import Cell, Record, Skip, Value
+
+PAPER = "across"
+
+
+def same_bytes(
+    text: str,
+    method: str | Sequence[str],
+    share: float | Sequence[float],
+    context: int,
+    continuation: int,
+    n: int,
+    *,
+    model: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """Fidelity of methods that hold the same number of bytes.
+
+    The context is read in one pass and compressed once; its continuation is predicted, teacher-forced, in one pass over
+    the compressed cache (see :func:`kvrepro.fidelity`, whose numbers these are). A method's budget is the largest whose
+    ``cache.nbytes`` (side vectors and observation windows included) does not exceed ``share`` of the bytes of
+    transformers' own full cache, which holds keys and values only.
+
+    Args:
+        text: Named text.
+        method: Methods or variants, see :class:`kvrepro.experiments.common.Variant`.
+        share: Shares of the full cache's bytes, in (0, 1).
+        context: Tokens that are compressed.
+        continuation: Tokens that are predicted.
+        n: Passages, from different documents where there are enough.
+        model: Model to load.
+        device: Device, or None for the default.
+        dtype: Name of a torch dtype, or None for the default.
+        seed: Seed of the methods that draw at random.
+
+    Returns:
+        One record a method and share, see :func:`_same_bytes`.
+
+    Raises:
+        ValueError: A share outside (0, 1), or a text that is too short.
+    """
+    shares = as_list(share)
+    if not all(0 < s < 1 for s in shares):
+        raise ValueError(f"shares of the full cache's bytes lie between 0 and 1, not {shares}")
+    bench = Bench(PAPER, "same_bytes", model, device, dtype)
+    bench.windows(text, context + continuation, n)  # too short a text is an error before anything runs
+    jobs = []
+    for variant in parse_variants(method):
+        for s in shares:
+            params = {"share": s, "context": context, "continuation": continuation, "passages": n}
+            cell = bench.cell("KL(full || compressed)", "nats/token", method=variant, data=text, seed=seed, **params)
+            jobs.append((cell, partial(_same_bytes, bench, cell)))
+    return bench.sweep(jobs)
+
+
+def _same_bytes(bench: Bench, cell: Cell) -> Value:
+    """KL divergence per token of one method at one number of bytes.
+
+    Returns:
+        The mean over tokens and passages, its spread the standard error over passages; ``extra`` holds per passage
+        ``kl``, ``nll`` and ``nll_full`` (means over tokens, nats), and ``slots`` (the budget), ``nbytes`` and
+        ``target`` (bytes held by, and allowed to, all passages together).
+    """
+    model, _ = bench.load()
+    p = cell.params
+    ids = bench.windows(cell.data, p["context"] + p["continuation"], p["passages"])
+    reference = _reference(bench, cell.data, p["context"], p["continuation"], p["passages"])
+    notes = [note for layer in reference.passes for note in layer]
+    whole = sum(x.numel() * x.element_size() for note in notes for x in (note.keys, note.values))
+    target = math.floor(p["share"] * whole)
+    slots = _largest_budget(model, cell, reference, target)
+    sizes = {"context": p["context"], "continuation": p["continuation"]}
+    found = evaluate.fidelity(model, ids, cell.method, slots, reference=reference, **sizes, **cell.options)
+    if found.nbytes > target:
+        raise Skip(f"{slots} slots should fit into {target:,} bytes and take {found.nbytes:,}: layers differ in size")
+    kl, nll, nll_full = (x.double().mean(1) for x in (found.kl, found.nll, found.nll_full))  # [n]
+    error = float(kl.std()) / len(kl) ** 0.5 if len(kl) > 1 else None
+    extra = {"kl": kl, "nll": nll, "nll_full": nll_full, "slots": slots, "nbytes": found.nbytes, "target": target}
+    return Value(float(kl.mean()), error, len(kl), extra | {"whole": whole})
+
+
+@lru_cache(maxsize=1)
+def _reference(bench: Bench, text: str, context: int, continuation: int, n: int) -> evaluate.Reference:
+    """The passages read with the full cache, once for all methods and budgets (the last reading is kept)."""
+    model, _ = bench.load()
+    ids = bench.windows(text, context + continuation, n)
+    return evaluate.full_reference(model, ids, context=context, continuation=continuation)
+
+
+@torch.no_grad()
+def _largest_budget(model: PreTrainedModel, cell: Cell, reference: evaluate.Reference, target: int) -> int:
+    """Slots per head and layer that fit into ``target`` bytes, from what one layer of this method holds.
+
+    Raises:
+        Skip: The model has layers that are no compressed layers.
+    """
+    if not reference.replayable:
+        raise Skip("same_bytes takes models whose layers all have full attention, such as Llama or Qwen")
+    layers = len(reference.passes)
+    note = reference.passes[layers // 2][0]
+    rows, heads, context, _ = note.keys.shape
+    cache = make_cache(model, cell.method, context // 2, **cell.options)
+    cache.plan(context)
+    layer = cache.compressed[layers // 2]
+    layer.update(note.keys, note.values)
+    layer.attend(note.module, note.query, note.mask, note.scale, note.softcap)
+    state = sum(x.numel() * x.element_size() for x in layer.slots.state.values())
+    per_slot = (layer.slots.nbytes - state) / layer.slots.size
+    per_query = (layer.nbytes - layer.slots.nbytes) / max(1, layer.method.window_of(layer.budget or 0))
+
+    def needed(budget: int) -> float:
+        """Bytes of all layers; a running threshold, 4 bytes a head, may join the slots in later passes."""
+        method = cache.method.resolve(budget)
+        sizes = [method.layer_budget(budget, each, layers) for each in range(layers)]
+        slots = sum(context if size is None else min(size, context) for size in sizes)
+        return slots * per_slot + layers * (method.window_of(budget) * per_query + 4 * rows * heads)
+
+    budget = 2 * context  # a pyramid's upper layers may have room when its lower ones hold everything
+    while budget > 1 and needed(budget) > target:
+        budget -= 1
+    return budget

@@ -1,0 +1,89 @@
+"""requirements.txt, environment.yml and pyproject.toml describe one environment."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import kvrepro
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pins() -> dict[str, str]:
+    """Name and version of every line of requirements.txt."""
+    found = {}
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, version = line.split("==")
+            found[canonicalize_name(name)] = version.strip()
+    return found
+
+
+def conda() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_conda_environment_has_the_same_pins() -> None:
+    pip = next(item["pip"] for item in conda()["dependencies"] if isinstance(item, dict))
+    assert pip[-1] == "-e ."
+    assert {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in pip[:-1]} == pins()
+
+
+def test_conda_python_is_within_the_supported_range() -> None:
+    line = next(item for item in conda()["dependencies"] if isinstance(item, str) and item.startswith("python"))
+    allowed = SpecifierSet(line.removeprefix("python").strip())
+    supported = SpecifierSet(project()["requires-python"])
+    for version in ("3.11", "3.12"):
+        assert version in allowed and version in supported
+    assert "3.10" not in allowed and "3.10" not in supported
+
+
+def test_every_requirement_of_the_package_is_pinned_within_its_range() -> None:
+    extras = project()["optional-dependencies"]
+    for line in [*project()["dependencies"], *extras["book"], *extras["test"]]:
+        requirement = Requirement(line)
+        pinned = pins().get(canonicalize_name(requirement.name))
+        assert pinned, f"{requirement.name} is not in requirements.txt"
+        assert requirement.specifier.contains(pinned), f"{line} against {pinned}"
+
+
+def test_every_pin_is_a_requirement_of_the_package() -> None:
+    extras = project()["optional-dependencies"]
+    known = {Requirement(line).name for line in [*project()["dependencies"], *extras["book"], *extras["test"]]}
+    assert set(pins()) == {canonicalize_name(name) for name in known}
+
+
+@pytest.mark.parametrize("name", sorted(pins()))
+def test_pins_are_what_is_installed(name: str) -> None:
+    try:
+        installed = metadata.version(name).split("+")[0]  # torch's CPU build is 2.13.0+cpu
+    except metadata.PackageNotFoundError:
+        pytest.fail(f"{name} is not installed: make env")
+    assert installed == pins()[name], "this environment is not the pinned one: make env"
+
+
+def test_one_version_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert kvrepro.__version__ == project()["version"] == str(citation["version"])
+
+
+def test_makefile_lists_its_targets() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", text, flags=re.MULTILINE))
+    assert {"book", "test", "notebook", "clean", "help"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:.*## ", text, flags=re.MULTILINE), f"{target} has no line in make help"
