@@ -17,8 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvrepro.rope import Rotation
 from kvrepro.slots import Slots
 
-#: Probabilities held at once, in elements (64 MiB in float32).
-BLOCK = 1 << 24
+#: Probabilities held at once, in elements: what stays in a CPU's cache (4 MiB in float32), or fills a GPU.
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,8 @@ class Step:
             The slice of queries, and `[B, H_kv, G, q, S]` probabilities in float32 (or float64); rows of padding are 0.
         """
         keys, bias = self.read_keys(slots), self.bias(slots)
-        n = self.queries.shape[3]
-        rows = max(
-            1, BLOCK // max(1, slots.size * self.queries.shape[0] * self.queries.shape[1] * self.queries.shape[2])
-        )
+        b, h, g, n, _ = self.queries.shape
+        rows = max(1, BLOCK.get(self.queries.device.type, BLOCK["cpu"]) // max(1, b * h * g * slots.size))
         for start in range(0, n, rows):
             part = slice(start, min(start + rows, n))
             yield (

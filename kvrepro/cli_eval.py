@@ -221,28 +221,29 @@ def fidelity(setup: Setup, context: int, continuation: int, samples: int, chunk:
 @click.option("--unseen", is_flag=True, help="Compress the text before the question is known.")
 def needle(setup: Setup, length: int, depth: float, samples: int, unseen: bool) -> dict[str, Any]:
     """How well METHOD finds a number hidden in the text: share found, and log-likelihood per token of the number."""
-    from kvrepro.experiments.needle import ask, make_haystack
+    from kvrepro.experiments import needle as experiment
+    from kvrepro.experiments.common import Variant
 
-    if not 0 <= depth <= 1 or samples < 1:
-        raise ValueError("depth is from 0 (start of the text) to 1 (its end); samples must be 1 or more")
-    model, tokenizer = setup.load()
-    ids = tokenizer(texts.load(setup.text).text, return_tensors="pt", verbose=False).input_ids[0]
-    if length > len(ids):
-        raise ValueError(f"the text {setup.text!r} has {len(ids)} tokens: take a prompt shorter than {length}")
-    budget = max(1, round(setup.budget * length)) if isinstance(setup.budget, float) else setup.budget
-    scores, hits = [], []
-    for sample in tqdm(range(samples), unit="prompt", desc=f"needle with {setup.method}"):
-        stack = make_haystack(tokenizer, ids, length, depth, seed=sample)
-        cache = kvrepro.make_cache(model, setup.method, budget, **setup.options)
-        score, hit = ask(model, cache, stack, seen=not unseen)
-        scores.append(score)
-        hits.append(float(hit))
-    found, _ = _mean(torch.tensor(hits))
-    loglik, error = _mean(torch.tensor(scores))
+    if samples < 1:
+        raise ValueError("samples must be 1 or more")
+    record = experiment.needle(
+        setup.text,
+        Variant(setup.method, setup.options).label,
+        length,
+        depth,
+        setup.budget if setup.budget is not None else 1.0,
+        samples,
+        "unseen" if unseen else "seen",
+        model=setup.model,
+        device=setup.device,
+        dtype=setup.dtype,
+    )[0]
+    found, _ = _mean(torch.tensor(record.value.extra["found"]))
     return setup.report(
         found=found,
-        log_likelihood=loglik,
-        log_likelihood_standard_error=error,
+        log_likelihood=record.value.value,
+        log_likelihood_standard_error=record.value.spread,
+        slots=record.value.extra["slots"],
         length=length,
         depth=depth,
         samples=samples,

@@ -189,7 +189,7 @@ def load_model(
         tokenizer = load_tokenizer(name)
         with _explained(name):
             model = AutoModelForCausalLM.from_pretrained(_location(name), dtype=number).to(target)
-    model.eval()
+    model.eval().requires_grad_(False)  # gradients, where a method takes any, are by cached keys
     from kvrepro.adapter import prepare  # the adapter is no part of loading
 
     prepare(model)

@@ -27,7 +27,7 @@ from kvrepro.book.build import build, run
 from kvrepro.book.checks import check_profile_runs, profile_problems
 from kvrepro.book.execute import clean, note
 from kvrepro.book.files import locked
-from kvrepro.book.pages import markdown_table, methods_table, options_table
+from kvrepro.book.pages import fill_glue, glued_in_prose, markdown_table, methods_table, options_table, placeholder
 from kvrepro.book.parameters import check, defaults, parse
 from kvrepro.book.progress import Reporter, duration
 from kvrepro.book.site import check_toc, outside_references, toc_files
@@ -241,7 +241,9 @@ class TestStamps:
 class TestCleaning:
     def test_executed_notebook_is_clean(self, tmp_path: Path) -> None:
         cell = new_code_cell("x", id="a")
-        cell.metadata.update({"papermill": {"status": "completed"}, "execution": {"iopub.status.busy": "now"}, "tags": []})
+        cell.metadata.update(
+            {"papermill": {"status": "completed"}, "execution": {"iopub.status.busy": "now"}, "tags": []}
+        )
         bar = "sizes:  50%|##   | 1/2 [00:00<00:01,  1.0it/s]"
         cell.outputs = [
             new_output("stream", name="stderr", text=f"\r{bar}\r{bar}\n"),
@@ -277,6 +279,15 @@ class TestPages:
         table = options_table("kvmerger")
         assert "| `epsilon` | `0.75` |" in table
         assert "{bdg-warning}`second-hand`" in table
+
+    def test_pages_not_run_have_what_the_prose_shows(self, project: Project) -> None:
+        assert glued_in_prose(project) == {"demo/sizes": {"demo_size": ".1f"}}
+        page = placeholder(project.notebooks()[0])
+        for _ in range(2):  # the second time changes nothing
+            fill_glue(page, {"a": ".1f", "b": "s"})
+        assert [list(o.data.values()) for o in page.cells[-1].outputs] == [["nan"], ["'not run yet'"]]
+        assert len(page.cells) == 2
+        nbformat.validate(page)
 
     def test_outside_references(self, tmp_path: Path) -> None:
         (tmp_path / "a.html").write_text(

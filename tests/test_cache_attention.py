@@ -88,7 +88,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     oracle, queries, _ = filled_oracle("cache", False)
     step, slots = make_step(queries, "cache", False), tensors(oracle)
     whole = attention.attend(step, slots, ("mass", "last"))
-    monkeypatch.setattr(attention, "BLOCK", 1)
+    monkeypatch.setattr(attention, "BLOCK", {"cpu": 1})
     assert [p.shape[3] for _, p in step.blocks(slots)] == [1] * CHUNK
     blocked = attention.attend(step, slots, ("mass", "last"))
     torch.testing.assert_close(blocked[0], whole[0])

@@ -225,15 +225,15 @@ def test_peak_is_budget_plus_chunk(name: str) -> None:
 
 
 def test_budget_as_a_share_of_the_prompt() -> None:
-    """0.5 of 30 tokens is 15 slots; known before the first chunk is read, and still 15 while decoding."""
+    """0.5 of 29 tokens is 15 slots (rounded up); known before the first chunk is read, and still 15 while decoding."""
     model, ids = tiny_model(), tokens(1, 33)
     cache = kvrepro.make_cache(model, "h2o", 0.5)
-    kvrepro.prefill(model, ids[:, :30], cache, chunk=4)
+    kvrepro.prefill(model, ids[:, :29], cache, chunk=4)
     assert [layer.budget for layer in cache.compressed] == [15, 15, 15]
-    logits(model, ids[:, 30:], cache, [1, 2])
+    logits(model, ids[:, 29:], cache, [1, 3])
     assert held(cache) == [[15, 15]] * 3
     whole = kvrepro.make_cache(model, "h2o", 0.5)
-    logits(model, ids, whole, [30, 1, 2])
+    logits(model, ids, whole, [29, 1, 3])
     assert [layer.budget for layer in whole.compressed] == [15, 15, 15]
 
 

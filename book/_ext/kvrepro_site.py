@@ -1,8 +1,8 @@
 """Makes the built site stand alone: nothing in its pages points outside for scripts.
 
-Jupyter Book always loads sphinx_thebe, which writes a CDN's address into every page; the pages hold finished results and
-run nothing, so it is taken out. The theme asks for its icon fonts ahead of need in a way that browsers refuse, with an
-error, for pages opened from disk; the icons are drawn by a script, so these lines are taken out too.
+Jupyter Book always loads sphinx_thebe, which writes a CDN's address into every page; the pages hold finished results
+and run nothing, so it is taken out. The theme asks for its icon fonts ahead of need in a way that browsers refuse, with
+an error, for pages opened from disk; the icons are drawn by a script, so these lines are taken out too.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def _run_all(project: Project, tasks: Sequence[_Task], profile: str, sources: So
 
 
 def _keep(task: _Task, outcome: Outcome, profile: str, sources: Sources) -> None:
-    """Put an executed notebook and its records in place. The stamp comes last: without it the page counts as not run."""
+    """Put an executed notebook and its records in place; the stamp comes last, a page without one counts as not run."""
     notebook = task.notebook
     notebook.stamp.unlink(missing_ok=True)
     if profile:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import nbformat
+from nbformat import NotebookNode
 
 from kvrepro import methods, provenance
 from kvrepro.book.files import write_if_changed
@@ -15,7 +17,9 @@ from kvrepro.book.project import PROFILES, Notebook, Project
 from kvrepro.book.stamps import Stamp
 from kvrepro.records import Record, read_records
 
-_BADGES = {"paper": "primary", "code": "info", "second-hand": "warning", "ours": "success"}
+_BADGES = {"paper": "primary", "code": "primary-line", "second-hand": "warning", "ours": "success"}
+_GLUE = re.compile(r"\{glue:text\}`[^`:]*?results/([^`:]+)\.ipynb::([^`:]+):([^`]*)`")
+_STUB = "glue-stubs"
 _MARK = re.compile(rf"^({'|'.join(_BADGES)}):?\s*")
 
 
@@ -183,12 +187,51 @@ def _texts(records: Sequence[Record]) -> str:
     return f"{', '.join(models)}; {', '.join(data)}"
 
 
-def placeholder(notebook: Notebook) -> str:
-    """A page in place of a notebook that was not run yet, as the text of an ``.ipynb`` file."""
-    text = [
-        f"# {notebook.title}\n\n:::{{warning}}\nThis notebook was not run yet: `make book` runs all of them,\n",
-        f"`kvrepro build --notebook {notebook.name}` this one.\n:::",
-    ]
-    cell = {"cell_type": "markdown", "id": "not-run-yet", "metadata": {"tags": ["kvrepro-placeholder"]}, "source": text}
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    return json.dumps({"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1) + "\n"
+def placeholder(notebook: Notebook) -> NotebookNode:
+    """A page in place of a notebook that was not run yet."""
+    text = (
+        f"# {notebook.title}\n\n:::{{warning}}\nThis notebook was not run yet: `make book` runs all of them, "
+        f"`kvrepro build --notebook {notebook.name}` this one.\n:::"
+    )
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id="not-run-yet")])
+    page.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return page
+
+
+def glued_in_prose(project: Project) -> dict[str, dict[str, str]]:
+    """What the chapters show of the results pages: ``{notebook: {key: format}}``."""
+    found: dict[str, dict[str, str]] = {}
+    for chapter in sorted(project.book.rglob("*.md")):
+        for name, key, form in _GLUE.findall(chapter.read_text(encoding="utf-8")):
+            found.setdefault(name, {})[key] = form
+    return found
+
+
+def fill_glue(page: NotebookNode, wanted: Mapping[str, str]) -> None:
+    """Give a page that was not run, or that failed, what the chapters show of it: "not run yet", or not a number.
+
+    Args:
+        page: changed in place.
+        wanted: formats by key; those that end in ``s`` are texts.
+    """
+    page.cells = [cell for cell in page.cells if cell.get("id") != _STUB]
+    there = {
+        output.metadata["scrapbook"]["name"]
+        for cell in page.cells
+        for output in cell.get("outputs", [])
+        if "scrapbook" in output.get("metadata", {})
+    }
+    missing = {key: form for key, form in wanted.items() if key not in there}
+    if missing:
+        cell = nbformat.v4.new_code_cell("", id=_STUB, metadata={"tags": ["remove-cell"]})
+        cell["outputs"] = [
+            _stub(key, "'not run yet'" if form.endswith("s") else "nan") for key, form in missing.items()
+        ]
+        page.cells.append(cell)
+
+
+def _stub(key: str, text: str) -> NotebookNode:
+    """An output as ``myst_nb.glue`` leaves it."""
+    prefix = "application/papermill.record/"
+    about = {"scrapbook": {"name": key, "mime_prefix": prefix}}
+    return nbformat.v4.new_output("display_data", data={f"{prefix}text/plain": text}, metadata=about)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import nbformat
 import yaml
+from nbformat import NotebookNode
 
 from kvrepro.book.execute import note
 from kvrepro.book.files import write_if_changed, write_text
-from kvrepro.book.pages import placeholder, status_page, write_generated
+from kvrepro.book.pages import fill_glue, glued_in_prose, placeholder, status_page, write_generated
 from kvrepro.book.project import BookError, Notebook, Project
 from kvrepro.book.stamps import Sources, Stamp, why
 
@@ -78,34 +79,34 @@ def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> 
         Names of the pages whose notebooks were not run yet.
     """
     missing = []
+    shown = glued_in_prose(project)
     for notebook in notebooks:
-        if not notebook.page.is_file() or Stamp.read(notebook.stamp) is None:
+        stamp = Stamp.read(notebook.stamp)
+        if stamp is None or not notebook.page.is_file():
             missing.append(notebook.name)
-            write_if_changed(notebook.page, placeholder(notebook))
+            page = placeholder(notebook)
         else:
-            _mark(notebook, sources)
+            page = nbformat.read(notebook.page, as_version=4)
+            _mark(page, notebook, stamp, sources)
+        if stamp is None or stamp.failure:
+            fill_glue(page, shown.get(notebook.name, {}))
+        write_if_changed(notebook.page, nbformat.writes(page) + "\n")
     write_generated(project, notebooks)
     write_if_changed(project.book / "status.md", status_page(project, notebooks))
     return missing
 
 
-def _mark(notebook: Notebook, sources: Sources) -> None:
+def _mark(page: NotebookNode, notebook: Notebook, stamp: Stamp, sources: Sources) -> None:
     """Put a note on a page that failed or that no longer holds for the profile it was run for."""
-    stamp = Stamp.read(notebook.stamp)
-    if stamp is None:
-        return
-    reason = why(notebook, notebook.profiles.get(stamp.profile, {}), sources)
-    page = nbformat.read(notebook.page, as_version=4)
     if stamp.failure:
         text = f"**This notebook failed**, so the page ends where it stopped.\n\n```text\n{stamp.failure}\n```"
         note(page, "danger", text)
     elif broken := stamp.statuses.get("error"):
         note(page, "danger", f"**{broken} of the values of this page could not be measured**; their records say why.")
-    elif reason:
+    elif reason := why(notebook, notebook.profiles.get(stamp.profile, {}), sources):
         note(page, "warning", f"**This page is out of date** ({reason}): `make book` runs it again.")
     else:
         note(page, "note", "")
-    write_if_changed(notebook.page, nbformat.writes(page) + "\n")
 
 
 def build_site(project: Project, strict: bool) -> bool:

@@ -116,7 +116,12 @@ def loss_gradient(model: PreTrainedModel, ids: Tensor, layer: int) -> tuple[Laye
 def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Mean next-token loss of ``ids`` ``[1, L]`` read without a cache."""
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-    return cross_entropy(logits.float(), ids[0, 1:])
+    return cross_entropy(_wide(logits), ids[0, 1:])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float32, or float64 when it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def attention_rows(captured: LayerCapture, start: int) -> tuple[Tensor, Tensor]:
@@ -127,12 +132,12 @@ def attention_rows(captured: LayerCapture, start: int) -> tuple[Tensor, Tensor]:
         start: First query.
 
     Returns:
-        ``[H_q, L - start, L]`` float32, and ``[H_q, L, d]``.
+        ``[H_q, L - start, L]`` in float32 or float64, and ``[H_q, L, d]``.
     """
-    queries = captured.queries[0, :, start:].float()
+    queries = _wide(captured.queries[0, :, start:])
     group = queries.shape[0] // captured.keys.shape[1]
-    keys = captured.keys[0].float().repeat_interleave(group, dim=0)
-    values = captured.values[0].float().repeat_interleave(group, dim=0)
+    keys = _wide(captured.keys[0]).repeat_interleave(group, dim=0)
+    values = _wide(captured.values[0]).repeat_interleave(group, dim=0)
     logits = queries @ keys.mT * captured.scale
     rows, columns = logits.shape[1:]
     later = torch.ones(rows, columns, dtype=torch.bool, device=logits.device).triu(start + 1)
@@ -145,9 +150,9 @@ def _cosines(captured: LayerCapture, gradient: Tensor, pairs: int) -> Tensor:
     alpha, values = attention_rows(captured, half)
     left = torch.linspace(0, half - 2, pairs, device=alpha.device).round().long()
     both = torch.stack([left, left + 1], dim=1)  # [pairs, 2]
-    output = captured.outputs[0, :, half:].detach().float()  # [H_q, queries, d]
+    output = _wide(captured.outputs[0, :, half:].detach())  # [H_q, queries, d]
     curvature = second_derivatives(alpha[:, :, both], values[:, None, both], output[:, :, None])
-    error = gradient[0, :, half:].float()[:, :, None]  # [H_q, queries, 1, d]
+    error = _wide(gradient[0, :, half:])[:, :, None]  # [H_q, queries, 1, d]
     return torch.stack([cosine_similarity(error, c.squeeze(-2), dim=-1) for c in curvature], dim=-1).flatten(1, 2)
 
 
@@ -308,14 +313,14 @@ def _outside_model(bench: Bench, text: str, layer: int, length: int, samples: in
         summed over the queries first, as the method does here.
     """
     model, _ = bench.load()
-    edges = torch.tensor([1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0])
+    edges = torch.tensor([0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0])
     counts, hits = torch.zeros(len(edges)), torch.zeros(len(edges))
     shares, summed = [], []
     for ids in bench.windows(text, length, samples):
         captured = capture_qkv(model, ids[None].to(model.device), [layer])[layer]
         half = length // 2
         alpha, values = attention_rows(captured, half)
-        output = captured.outputs[0, :, half:].float()
+        output = _wide(captured.outputs[0, :, half:])
         both = torch.stack([torch.arange(half - 1), torch.arange(1, half)], dim=1).to(alpha.device)
         outside, largest, norms = [], [], []
         for head in range(alpha.shape[0]):  # one head at a time: [queries, pairs, 2, d] is large
@@ -390,9 +395,9 @@ def _second_terms(
     """The two terms of d2L/ds^2 and alpha at (head, query after ``start``, token)."""
     head, query, token = place
     weight = alpha[head, query, token]
-    away = values[head, token] - captured.outputs[0, head, start + query].detach().float()
+    away = values[head, token] - _wide(captured.outputs[0, head, start + query].detach())
     direction = torch.zeros_like(captured.outputs)
     direction[0, head, start + query] = (weight * away).to(direction.dtype)
     (product_,) = torch.autograd.grad(gradient, [captured.outputs], grad_outputs=direction, retain_graph=True)
-    kept = weight * (1 - 2 * weight) * (gradient[0, head, start + query].detach().float() @ away)
+    kept = weight * (1 - 2 * weight) * (_wide(gradient[0, head, start + query].detach()) @ away)
     return float(kept), float((product_ * direction).sum()), float(weight)

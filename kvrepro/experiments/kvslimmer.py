@@ -248,7 +248,7 @@ def _efficiency(
     Returns:
         The value is the median time in seconds, its spread the standard error of a median (1.25 sigma / sqrt(n)).
         ``extra``: ``times`` [repeats]; ``peak``, the most bytes that tensors made on the way held at one time (cache
-        and activations, not the weights); ``cache``, bytes of the cache at the end.
+        and activations, not the weights); ``weights``, bytes of the weights; ``cache``, bytes of the cache at the end.
     """
     model, _ = bench.load()
     ids = bench.windows(text, length, 1).to(model.device)
@@ -262,7 +262,8 @@ def _efficiency(
     cache, peak = peak_bytes(read, model.device)
     times = torch.tensor([_seconds(read, model.device) for _ in range(repeats)], dtype=torch.float64)
     error = 1.25 * float(times.std()) / repeats**0.5 if repeats > 1 else None
-    extra = {"times": times, "peak": peak, "cache": cache.nbytes}
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    extra = {"times": times, "peak": peak, "weights": weights, "cache": cache.nbytes}
     return Value(float(times.median()), error, repeats, extra)
 
 

@@ -11,6 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
 
 from kvrepro import evaluate, methods
 from kvrepro.attention import Step, attend
@@ -220,9 +221,7 @@ def _perplexity(bench: Bench, cell: Cell, batch_size: int) -> Value:
     """
     window, n = cell.params["window"], cell.params["windows"]
     model, _ = bench.load()
-    limit = model.config.get_text_config().max_position_embeddings
-    if cell.method == "full" and window > limit:
-        raise Skip(f"a window of {window} tokens is beyond the {limit} positions that {bench.model} was trained for")
+    chunk = _chunk(model, cell, window)
     ids = bench.windows(cell.data, window, n)
     found = evaluate.perplexity(
         model,
@@ -231,13 +230,27 @@ def _perplexity(bench: Bench, cell: Cell, batch_size: int) -> Value:
         cell.budget,
         window=window,
         stride=cell.params["stride"],
-        chunk=window if cell.method == "full" else cell.params["chunk"],  # nothing is evicted: any chunk is the same
+        chunk=chunk,
         batch_size=batch_size,
         **cell.options,
     )
     nll = found.nll.double().mean(dim=(1, 2))  # [windows]
     error = found.ppl * float(nll.std()) / n**0.5 if n > 1 else None
     return Value(found.ppl, error, n, {"nll": nll})
+
+
+def _chunk(model: PreTrainedModel, cell: Cell, length: int) -> int:
+    """Tokens read at once: the cell's, or many for the full cache, where it makes no difference.
+
+    Raises:
+        Skip: The full cache of so many tokens is beyond the model's context.
+    """
+    if cell.method != "full":
+        return cell.params["chunk"]
+    limit = model.config.get_text_config().max_position_embeddings
+    if length > limit:
+        raise Skip(f"{length} tokens are beyond the {limit} positions that {cell.model} was trained for")
+    return min(length, 512)  # bounds the memory of the logits
 
 
 def merge_or_evict(
@@ -288,6 +301,9 @@ def _along(bench: Bench, cell: Cell) -> Value:
     Returns:
         The mean in nats per token over the tokens after the first ``skipped``, where the caches differ; its spread is
         the standard error over passages. ``extra["nll"]`` [passages, bins]: means over :data:`BIN` tokens in a row.
+
+    Raises:
+        Skip: The full cache does not fit into the model's context.
     """
     length, n = cell.params["length"], cell.params["passages"]
     model, _ = bench.load()
@@ -299,7 +315,7 @@ def _along(bench: Bench, cell: Cell) -> Value:
         cell.budget,
         window=length,
         stride=length - 1,  # every token but the first is scored
-        chunk=length if cell.method == "full" else cell.params["chunk"],
+        chunk=_chunk(model, cell, length),
         **cell.options,
     )
     nll = found.nll[:, 0].double()  # [n, length - 1]
