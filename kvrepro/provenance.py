@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import re
 import resource
@@ -32,8 +33,11 @@ def commit(root: Path = ROOT) -> tuple[str | None, bool | None]:
         root: the folder whose own repository is meant; a repository further up does not count.
 
     Returns:
-        (commit, dirty); (None, None) outside a checkout, (None, True) before the first commit.
+        (commit, dirty); (None, None) outside a checkout, (None, True) before the first commit. Where the sources are
+        a copy without history (a container), KVREPRO_COMMIT names the commit; a trailing "+" says that they differ.
     """
+    if named := os.environ.get("KVREPRO_COMMIT"):
+        return named.removesuffix("+"), named.endswith("+")
     top = _git(root, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root.resolve():
         return None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvrepro.experiments import curvature, kvslimmer
 from kvrepro.experiments.memory import peak_bytes
@@ -69,20 +70,21 @@ def test_loss_gradient_is_that_of_the_output_projections_input() -> None:
     model, ids, layer = tiny_model(), tokens(10), 1
     captured, gradient = curvature.loss_gradient(model, ids, layer)
     direction = torch.randn(gradient.shape, dtype=gradient.dtype, generator=torch.Generator().manual_seed(0))
-    up, down = (shifted_loss(model, ids, layer, sign * 1e-5 * direction) for sign in (1, -1))
-    assert float((gradient * direction).sum()) == pytest.approx((up - down) / 2e-5, rel=1e-4)
+    step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(shifted_loss(model, ids, layer, step * direction), step)
+    assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=1e-4)
     assert not captured.queries.requires_grad
 
 
-def shifted_loss(model: nn.Module, ids: Tensor, layer: int, shift: Tensor) -> float:
-    """The loss with a layer's attention output moved by ``shift`` [1, H, L, d]."""
+def shifted_loss(model: nn.Module, ids: Tensor, layer: int, shift: Tensor) -> Tensor:
+    """The loss with a layer's attention output moved by ``shift`` [1, H, L, d], differentiable by it."""
 
     def move(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (args[0] + shift.transpose(1, 2).flatten(2),)
 
     handle = model.base_model.layers[layer].self_attn.o_proj.register_forward_pre_hook(move)
-    with torch.no_grad():
-        loss = float(curvature._loss(model, ids))
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = curvature._loss(model, ids)
     handle.remove()
     return loss
 
@@ -97,17 +99,16 @@ def test_the_two_terms_make_the_whole_second_derivative() -> None:
         head, rest = divmod(pick, 36)
         query, token = divmod(rest, 6)
         assert weight == pytest.approx(float(alpha[head, query, token]))
-        logits, h = alpha[head, query].double().log(), 1e-3
-        losses = []
-        for sign in (1, 0, -1):
-            moved = logits.clone()
-            moved[token] += sign * h
-            shift = torch.zeros_like(captured.outputs)
-            out = moved.softmax(-1) @ values[head].double()
-            shift[0, head, 6 + query] = (out - logits.softmax(-1) @ values[head].double()).to(shift.dtype)
-            losses.append(shifted_loss(model, ids, layer, shift.detach()))
-        second = (losses[0] - 2 * losses[1] + losses[2]) / h**2
-        assert kept + left == pytest.approx(second, rel=1e-3, abs=1e-7)
+        step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        mark = torch.zeros_like(alpha[head, query])
+        mark[token] = 1
+        rows = torch.stack([(alpha[head, query].log() + step * mark).softmax(-1), alpha[head, query]]) @ values[head]
+        place = torch.zeros_like(captured.outputs)
+        place[0, head, 6 + query] = 1
+        loss = shifted_loss(model, ids, layer, place.detach() * (rows[0] - rows[1]))
+        (slope,) = torch.autograd.grad(loss, step, create_graph=True)
+        (second,) = torch.autograd.grad(slope, step)
+        assert kept + left == pytest.approx(float(second), rel=1e-4, abs=1e-9)
 
 
 def test_cosines_match_a_loop() -> None:

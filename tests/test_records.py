@@ -610,6 +610,13 @@ def test_code_without_a_source_is_refused() -> None:
 # --- provenance
 
 
+def test_a_copy_without_history_is_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVREPRO_COMMIT", "abc123+")
+    provenance.commit.cache_clear()
+    assert provenance.commit(tmp_path) == ("abc123", True)
+    provenance.commit.cache_clear()
+
+
 def test_the_commit_is_that_of_the_package_s_own_checkout(tmp_path: Path) -> None:
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
