@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 
 import torch
@@ -213,7 +213,7 @@ def efficiency(
         lengths: Tokens of a prompt.
         budget: Slots per KV head and layer, or a share of the prompt.
         chunk: Tokens read at a time.
-        repeats: Timed runs, after one that warms up and whose memory is measured.
+        repeats: Timed runs, the methods taking turns, after one that warms up and whose memory is measured.
         model: Model to load.
         device: Device, or None for the default.
         dtype: Name of a torch dtype, or None for the default.
@@ -223,8 +223,9 @@ def efficiency(
     """
     bench = Bench(PAPER, "efficiency", model, device, dtype)
     hardware = device_name(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    variants = parse_variants(methods)
     jobs = []
-    for length, variant in product(as_list(lengths), parse_variants(methods)):
+    for length, variant in product(as_list(lengths), variants):
         cell = bench.cell(
             "prefill time",
             "s",
@@ -236,35 +237,67 @@ def efficiency(
             repeats=repeats,
             hardware=hardware,
         )
-        jobs.append((cell, partial(_efficiency, bench, text, variant, length, budget, chunk, repeats)))
+        run = partial(_efficiency, bench, text, tuple(v.label for v in variants), length, budget, chunk, repeats)
+        jobs.append((cell, partial(run, variant.label)))
     return bench.sweep(jobs)
 
 
 def _efficiency(
-    bench: Bench, text: str, variant: Variant, length: int, budget: int | float, chunk: int, repeats: int
+    bench: Bench,
+    text: str,
+    labels: tuple[str, ...],
+    length: int,
+    budget: int | float,
+    chunk: int,
+    repeats: int,
+    label: str,
 ) -> Value:
-    """Read one prompt several times.
+    """What one method took.
 
     Returns:
         The value is the median time in seconds, its spread the standard error of a median (1.25 sigma / sqrt(n)).
         ``extra``: ``times`` [repeats]; ``peak``, the most bytes that tensors made on the way held at one time (cache
         and activations, not the weights); ``weights``, bytes of the weights; ``cache``, bytes of the cache at the end.
     """
+    found = _in_turn(bench, text, labels, length, budget, chunk, repeats)[label]
+    if isinstance(found, str):
+        raise torch.OutOfMemoryError(found)
+    times, extra = found
+    error = 1.25 * float(times.std()) / repeats**0.5 if repeats > 1 else None
+    return Value(float(times.median()), error, repeats, {"times": times, **extra})
+
+
+@lru_cache(maxsize=1)
+def _in_turn(
+    bench: Bench, text: str, labels: tuple[str, ...], length: int, budget: int | float, chunk: int, repeats: int
+) -> dict[str, tuple[Tensor, dict[str, int]] | str]:
+    """Read one prompt with each method, then with each again: a machine that slows down meanwhile slows all alike.
+
+    Returns:
+        For each method's label the times ``[repeats]`` in seconds and the bytes named in :func:`_efficiency`, or the
+        message where it ran out of memory: one that does must not cost the others their record.
+    """
     model, _ = bench.load()
     ids = bench.windows(text, length, 1).to(model.device)
 
-    def read() -> kvrepro.CompressedCache:
+    def read(variant: Variant) -> kvrepro.CompressedCache:
         options = {} if variant.method == "full" else {"budget": budget}
         cache = kvrepro.make_cache(model, variant.method, **options, **variant.options)
         kvrepro.prefill(model, ids, cache, chunk=chunk)
         return cache
 
-    cache, peak = peak_bytes(read, model.device)
-    times = torch.tensor([_seconds(read, model.device) for _ in range(repeats)], dtype=torch.float64)
-    error = 1.25 * float(times.std()) / repeats**0.5 if repeats > 1 else None
+    runs = {label: partial(read, Variant.parse(label)) for label in labels}
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    extra = {"times": times, "peak": peak, "weights": weights, "cache": cache.nbytes}
-    return Value(float(times.median()), error, repeats, extra)
+    sizes, failed = {}, {}
+    for label, run in runs.items():
+        try:
+            cache, peak = peak_bytes(run, model.device)
+            sizes[label] = {"peak": peak, "weights": weights, "cache": cache.nbytes}
+        except torch.OutOfMemoryError as error:
+            failed[label] = str(error)
+    rounds = [[_seconds(runs[label], model.device) for label in sizes] for _ in range(repeats)]
+    times = torch.tensor(rounds, dtype=torch.float64)  # [repeats, methods]
+    return failed | {label: (times[:, place], size) for place, (label, size) in enumerate(sizes.items())}
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
