@@ -316,7 +316,7 @@ class TestProgress:
                 assert 59 < (reporter.left() or 0) <= 60
                 reporter._tick({"done": 1, "total": 4, "running": "h2o", "left_s": 3.0})
             assert reporter.left() == 50
-        assert stream.getvalue() == "[1/2] a/b (not run yet): 10 s the last time, 1 min left in all\n"
+        assert stream.getvalue() == "[1/2] a/b (not run yet): about 10 s, 1 min left in all\n"
 
     def test_bar_in_a_terminal_shows_the_sweep(self) -> None:
         class Terminal(io.StringIO):

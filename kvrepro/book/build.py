@@ -60,10 +60,12 @@ class _Task:
         """Every parameter with the value it runs with."""
         return {**defaults(self.notebook.source), **self.parameters}
 
-    def last_time(self, profile: str) -> Stamp | None:
-        """The stamp of the last run of this profile, if it went through."""
+    def expected(self, profile: str) -> float | None:
+        """Seconds it took the last time it went through in this profile, else what the index says, None if nothing."""
         stamp = Stamp.read(self.notebook.stamp)
-        return stamp if stamp and stamp.profile == profile and not stamp.failure else None
+        if stamp and stamp.profile == profile and not stamp.failure:
+            return stamp.seconds
+        return self.notebook.expected.get(profile)
 
 
 def build(
@@ -153,7 +155,7 @@ def _tasks(chosen: Sequence[Notebook], profile: str, sources: Sources, force: bo
 
 
 def _run_all(project: Project, tasks: Sequence[_Task], profile: str, sources: Sources) -> None:
-    known = {task.notebook.name: stamp.seconds for task in tasks if (stamp := task.last_time(profile))}
+    known = {task.notebook.name: seconds for task in tasks if (seconds := task.expected(profile)) is not None}
     with Reporter([task.notebook.name for task in tasks], known) as reporter:
         for task in tasks:
             with reporter.running(task.notebook.name, task.why):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -40,7 +41,7 @@ class Reporter:
 
         Args:
             names: notebooks to run, in order.
-            known: seconds that a notebook took the last time, where that is known.
+            known: seconds that a notebook is expected to take, where that is known.
             stream: where to write; standard error by default.
         """
         self._stream = stream or sys.stderr
@@ -49,7 +50,7 @@ class Reporter:
         self._running, self._since, self._said = "", 0.0, 0.0
         self._folder = tempfile.TemporaryDirectory(prefix="kvrepro-progress-")
         self.feed = Path(self._folder.name) / "progress.jsonl"
-        self._live = self._stream.isatty()
+        self._live = self._stream.isatty() and _rows(self._stream) > 2
         self._bar = self._detail = None
 
     def __enter__(self) -> Reporter:
@@ -99,13 +100,13 @@ class Reporter:
             self._bar.update(1)
 
     def _expectation(self, name: str) -> str:
-        parts = [f"{duration(self._known[name])} the last time"] if name in self._known else []
+        parts = [f"about {duration(self._known[name])}"] if name in self._known else []
         if left := self.left():
             parts.append(f"{duration(left)} left in all")
         return f": {', '.join(parts)}" if parts else ""
 
     def left(self) -> float | None:
-        """Seconds left for all notebooks, from the last times and from those run so far; None while unknown."""
+        """Seconds left for all notebooks, from what is expected and from those run so far; None while unknown."""
         waiting = self._names[len(self._took) :]
         samples = self._took or list(self._known.values())
         if not samples:
@@ -132,6 +133,14 @@ class Reporter:
         elif time.monotonic() - self._said >= _QUIET_S:
             self._said = time.monotonic()
             self.say(f"      {self._running}: {doing}")
+
+
+def _rows(stream: TextIO) -> int:
+    """Rows of a terminal: one without any, as some programs make them, can show no bar. Unknown counts as enough."""
+    try:
+        return os.get_terminal_size(stream.fileno()).lines
+    except OSError:
+        return 24
 
 
 def _last_step(feed: Path) -> Mapping[str, Any] | None:

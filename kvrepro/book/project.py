@@ -39,6 +39,8 @@ class Notebook:
         profiles: parameters that differ from the parameters cell, by profile.
         source: the notebook as it is written.
         page: the notebook as it was run, a page of the book.
+        expected: seconds a run takes on two CPU cores, by profile, where that is known: for the time left, before a
+            first run here tells better.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Notebook:
     profiles: Mapping[str, Mapping[str, Any]] = field(repr=False)
     source: Path = field(repr=False)
     page: Path = field(repr=False)
+    expected: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def stamp(self) -> Path:
@@ -155,6 +158,7 @@ class Project:
             profiles={profile: dict(entry["profiles"].get(profile) or {}) for profile in PROFILES},
             source=self.root / "notebooks" / f"{name}.ipynb",
             page=self.pages / f"{name}.ipynb",
+            expected=dict(entry.get("seconds") or {}),
         )
         if not notebook.source.is_file():
             raise BookError(f"{self.index} lists {name}, but there is no {notebook.source}")
