@@ -3,6 +3,7 @@
 from kvrepro import methods
 from kvrepro.adapter import prepare
 from kvrepro.cache import CompressedCache, make_cache
+from kvrepro.decode import Decoder, generate
 from kvrepro.evaluate import fidelity, perplexity, prefill
 from kvrepro.models import load_model
 
@@ -10,8 +11,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompressedCache",
+    "Decoder",
     "__version__",
     "fidelity",
+    "generate",
     "load_model",
     "make_cache",
     "methods",

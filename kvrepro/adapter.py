@@ -7,6 +7,8 @@ compressed layer is recognised by the key tensor it returned. No model file is f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,11 @@ from transformers.masking_utils import sdpa_mask
 #: The name under which transformers finds the attention and mask functions.
 NAME = "kvrepro"
 _TAG = "_kvrepro_layer"
+_STEP = "_kvrepro_step"
+
+#: What attends to one new token a row: (query, key, value, scale, softcap) -> output, see `redirected`.
+Attend = Callable[[Tensor, Tensor, Tensor, float, float | None], Tensor]
+_attending: dict[int, Attend] = {}
 
 
 class AttendingLayer(Protocol):
@@ -34,6 +41,32 @@ def tag(key: Tensor, layer: AttendingLayer) -> Tensor:
     """Mark the key tensor that a layer's `update` returns: what transformers passes on is all that connects them."""
     setattr(key, _TAG, layer)
     return key
+
+
+@torch.library.custom_op("kvrepro::attend", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, index: int) -> Tensor:
+    """Hand a step to what attends for layer `index`; one operator, so that a compiler need not look inside."""
+    return _attending[index](query, key, value, scale, softcap or None)
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, index: int) -> Tensor:
+    """The output's shape, for the compiler."""
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@contextmanager
+def redirected(handlers: Mapping[nn.Module, Attend]) -> Iterator[None]:
+    """Let attention modules hand their queries, keys and values `[B, H, 1, d]` to `handlers`, no cache between."""
+    for index, (module, attend) in enumerate(handlers.items()):
+        _attending[index] = attend
+        setattr(module, _STEP, index)
+    try:
+        yield
+    finally:
+        _attending.clear()
+        for module in handlers:
+            delattr(module, _STEP)
 
 
 def attention_forward(
@@ -68,6 +101,10 @@ def attention_forward(
         raise ValueError(
             "kvrepro does not support learned attention sinks (s_aux); load the model with another attention"
         )
+    index = getattr(module, _STEP, None)
+    if index is not None:
+        out = torch.ops.kvrepro.attend(query, key, value, scale, softcap or 0.0, index)
+        return out.transpose(1, 2).contiguous(), None
     layer = getattr(key, _TAG, None)
     if layer is not None:
         if dropout:

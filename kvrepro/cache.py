@@ -19,6 +19,7 @@ from kvrepro.attention import Step, attend
 from kvrepro.methods.base import Method
 from kvrepro.rope import Rotation, find_rotation
 from kvrepro.slots import Slots
+from kvrepro.static import StaticSlots, thaw
 
 _UNREACHED = (
     "the model's attention did not reach the cache: call kvrepro.prepare(model) first; a prepared model that "
@@ -31,8 +32,12 @@ class CompressedLayer(CacheLayerMixin):
 
     Attributes:
         slots: what is held, None before the first token.
+        static: the slots in fixed storage instead, while a `Decoder` is at work.
         budget: slots a head may hold; None is unlimited; set when the prompt's length is known.
         seen: tokens seen, padding included.
+        row_tokens: `[B]` int32, tokens seen of each row, padding not counted.
+        window: the last queries `[B, H_kv, G, w, d]` and their positions `[B, w]`, for methods with a window.
+        module: the model's attention module that attended last.
         frozen: append and attend, but neither count nor compress (see `CompressedCache.freeze`).
         record: where to note each pass's arguments (see `CompressedCache.record`), or None.
     """
@@ -92,11 +97,13 @@ class CompressedLayer(CacheLayerMixin):
         """Forget everything."""
         self.slots: Slots | None = None
         self.budget: int | None = None
+        self.static: StaticSlots | None = None
         self.seen = 0
+        self.row_tokens: Tensor | None = None
+        self.window: tuple[Tensor, Tensor] | None = None
+        self.module: weakref.ref[nn.Module] | None = None
         self._since = 0
-        self._tokens: Tensor | None = None  # [B] tokens seen of each row, padding not counted
         self._arrived: tuple[Tensor, Tensor] | None = None
-        self._window: tuple[Tensor, Tensor] | None = None
         self.probe: GradientProbe | None = None
         self.frozen = False
         self.record: list[Pass] | None = None
@@ -134,31 +141,36 @@ class CompressedLayer(CacheLayerMixin):
         """Apply `function` to every tensor held."""
         if self.slots is not None:
             self.slots = self.slots.map(function)
-            self._tokens = function(self._tokens)
-        if self._window is not None:
-            self._window = (function(self._window[0]), function(self._window[1]))
+            self.row_tokens = function(self.row_tokens)
+        if self.window is not None:
+            self.window = (function(self.window[0]), function(self.window[1]))
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
     @property
+    def held(self) -> Slots | None:
+        """The slots, in order, wherever they are stored; None before the first token."""
+        return self.slots if self.static is None else thaw(self.static)
+
+    @property
     def keys(self) -> Tensor | None:
         """`[B, H_kv, slots, d]`, chronological, rotated to `positions`; None before the first token."""
-        return None if self.slots is None else self.slots.keys
+        return None if self.held is None else self.held.keys
 
     @property
     def values(self) -> Tensor | None:
         """`[B, H_kv, slots, d_v]`, chronological; None before the first token."""
-        return None if self.slots is None else self.slots.values
+        return None if self.held is None else self.held.values
 
     @property
     def positions(self) -> Tensor | None:
         """`[B, H_kv, slots]` int32: index of the slot's token in its row's text; -1 where empty."""
-        return None if self.slots is None else self.slots.positions
+        return None if self.held is None else self.held.positions
 
     @property
     def cardinality(self) -> Tensor | None:
         """`[B, H_kv, slots]` int32: tokens a slot stands for; 0 where empty."""
-        return None if self.slots is None else self.slots.cardinality
+        return None if self.held is None else self.held.cardinality
 
     @property
     def waiting(self) -> bool:
@@ -173,8 +185,9 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes held, side vectors and the observation window included."""
-        window = 0 if self._window is None else sum(x.numel() * x.element_size() for x in self._window)
-        return window + (0 if self.slots is None else self.slots.nbytes)
+        window = 0 if self.window is None else sum(x.numel() * x.element_size() for x in self.window)
+        slots = self.slots if self.static is None else self.static
+        return window + (0 if slots is None else slots.nbytes)
 
     # --- one forward pass ------------------------------------------------------------------------------------------
 
@@ -211,6 +224,7 @@ class CompressedLayer(CacheLayerMixin):
             self.record.append(Pass(module, keys, values, query, mask, scale, softcap))
         if self.slots is None:
             self.cache().check_model(module)
+            self.module = weakref.ref(module)
             self.plan(query.shape[2])
         new, positions = self._new_slots(keys, values, mask)
         slots = new if self.slots is None else self.slots.append(new)
@@ -220,7 +234,7 @@ class CompressedLayer(CacheLayerMixin):
         statistics = self.method.statistics if self.active else ()
         out, found = attend(step, slots, statistics)
         self.seen += query.shape[2]
-        self._tokens = self._tokens + (positions >= 0).sum(dim=1).to(torch.int32)
+        self.row_tokens = self.row_tokens + (positions >= 0).sum(dim=1).to(torch.int32)
         self._since += query.shape[2]
         self.is_initialized = True
         self.slots = slots
@@ -246,10 +260,10 @@ class CompressedLayer(CacheLayerMixin):
     def _new_slots(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Slots, Tensor]:
         """Slots for the tokens that arrived, and the query positions `[B, n]` (-1 for padding)."""
         b, h, n, _ = keys.shape
-        if self._tokens is None:
-            self._tokens = torch.zeros(b, dtype=torch.int32, device=keys.device)
+        if self.row_tokens is None:
+            self.row_tokens = torch.zeros(b, dtype=torch.int32, device=keys.device)
         valid = torch.ones(b, n, dtype=torch.bool, device=keys.device) if mask is None else _new_tokens(mask, b, n)
-        counted = self._tokens[:, None] + valid.cumsum(dim=1).to(torch.int32)
+        counted = self.row_tokens[:, None] + valid.cumsum(dim=1).to(torch.int32)
         positions = (counted - 1).masked_fill(~valid, -1)
         spread = positions[:, None].expand(b, h, n).contiguous()
         zeros = torch.zeros(b, h, n, dtype=torch.float32, device=keys.device)
@@ -283,11 +297,11 @@ class CompressedLayer(CacheLayerMixin):
         if width == 0:
             return step
         queries, places = step.queries, positions
-        if self._window is not None:
-            queries = torch.cat([self._window[0], queries], dim=3)
-            places = torch.cat([self._window[1], places], dim=1)
-        self._window = (queries[:, :, :, -width:].clone(), places[:, -width:].clone())
-        return dataclasses.replace(step, window_queries=self._window[0], window_positions=self._window[1])
+        if self.window is not None:
+            queries = torch.cat([self.window[0], queries], dim=3)
+            places = torch.cat([self.window[1], places], dim=1)
+        self.window = (queries[:, :, :, -width:].clone(), places[:, -width:].clone())
+        return dataclasses.replace(step, window_queries=self.window[0], window_positions=self.window[1])
 
 
 @dataclass(frozen=True)

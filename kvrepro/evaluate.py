@@ -129,7 +129,7 @@ def perplexity(
     window: int,
     stride: int,
     chunk: int = 1,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Callable[[int], Any] | None = None,
     **options: Any,
 ) -> Perplexity:
@@ -146,7 +146,7 @@ def perplexity(
         window: tokens a window.
         stride: tokens scored a window; the paper uses window / 2.
         chunk: tokens read between compressions; 1 is exact to the token.
-        batch_size: windows read side by side.
+        batch_size: windows read side by side; None is 16, or 128 on a GPU.
         progress: called with the number of tokens read after each step.
         **options: the method's options.
 
@@ -157,6 +157,8 @@ def perplexity(
         ValueError: a text shorter than the window, or a stride outside [1, window).
     """
     texts = input_ids.view(1, -1) if input_ids.dim() == 1 else input_ids
+    if batch_size is None:
+        batch_size = 128 if model.device.type == "cuda" else 16
     if not 1 <= stride < window or chunk < 1 or batch_size < 1:
         raise ValueError(f"stride={stride} must be in [1, window={window}); chunk and batch_size at least 1")
     if texts.shape[1] < window:
@@ -184,20 +186,56 @@ def _score(
     width = batch.shape[1]
     first = width - scored - 1  # the first position whose prediction counts
     cache.plan(width)
+    whole = _before_compression(cache, width - 1) if chunk == 1 else 0
+    cuts = _cuts(first, whole, whole) if chunk == 1 else _cuts(first, width - 1, chunk)
     nll = []
-    for start, stop in _cuts(first, width - 1, chunk):
+    for start, stop in cuts:
         counts = start >= first
-        logits = prefill(model, batch[:, start:stop], cache, chunk=chunk, keep_logits=0 if counts else 1).logits
+        logits = prefill(model, batch[:, start:stop], cache, keep_logits=0 if counts else 1).logits
         if counts:
             nll.append(_nll(logits, batch[:, start + 1 : stop + 1]))
         if progress is not None:
             progress((stop - start) * batch.shape[0])
+    if 0 < whole < width - 1:
+        steps = _step_through(model, batch[:, whole:], cache, progress)
+        nll.append(steps[:, max(0, first - whole) :])
     return torch.cat(nll, dim=1).cpu()
+
+
+def _before_compression(cache: CompressedCache, length: int) -> int:
+    """Tokens that can be read in one pass with the same result as token by token: as many as fit the budget."""
+    budgets = [layer.budget for layer in cache.compressed if layer.budget is not None]
+    if not budgets:
+        return length
+    return 1 if cache.method.counts_passes else min(length, *budgets)
+
+
+def _step_through(
+    model: PreTrainedModel, batch: Tensor, cache: CompressedCache, progress: Callable[[int], Any] | None
+) -> Tensor:
+    """`[B, n - 1]`: negative log-likelihoods of the tokens after the first of `batch` `[B, n]`, read one by one."""
+    from kvrepro.decode import Decoder  # decoding reads its prompts with this module
+
+    batch = batch.contiguous()
+    rows, steps = batch.shape[0], batch.shape[1] - 1
+    nll = torch.zeros(rows, steps, device=batch.device)
+    index = torch.zeros(1, dtype=torch.long, device=batch.device)
+    with Decoder(model, cache, room=steps) as decoder:
+
+        def body() -> None:
+            """Read one token a row, score the next."""
+            logits = decoder.logits(batch.index_select(1, index).squeeze(1))
+            target = batch.index_select(1, index + 1)
+            nll.index_copy_(1, index, _nll(logits[:, None], target))
+            index.add_(1)
+
+        decoder.run(body, steps, progress=None if progress is None else lambda: progress(rows))
+    return nll
 
 
 def _cuts(first: int, end: int, chunk: int) -> list[tuple[int, int]]:
     """Chunks that cover [0, end) with a cut at `first`, so that scored and unscored tokens never share one."""
-    starts = [*range(0, first, chunk), *range(first, end, chunk)]
+    starts = [*range(0, min(first, end), chunk), *range(first, end, chunk)]
     return list(zip(starts, [*starts[1:], end], strict=True))
 
 

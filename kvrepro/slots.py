@@ -69,6 +69,26 @@ class Slots:
             ragged=self.ragged or new.ragged,
         )
 
+    def pad(self, size: int) -> Slots:
+        """These slots behind empty ones, `size` in all."""
+        more = size - self.size
+        pad = torch.nn.functional.pad
+
+        def widen(x: Tensor, fill: float = 0) -> Tensor:
+            """`more` empty slots in front."""
+            return pad(x, (more, 0) if x.dim() == 3 else (0, 0, more, 0), value=fill)
+
+        return Slots(
+            keys=widen(self.keys),
+            values=widen(self.values),
+            positions=widen(self.positions, -1),
+            cardinality=widen(self.cardinality),
+            stats={k: widen(v) for k, v in self.stats.items()},
+            state=self.state,
+            dense=False,
+            ragged=self.ragged or more > 0,
+        )
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Slots:
         """Apply `function` to every tensor: reordering beams, moving devices."""
         return replace(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: they run on the CPU, for the tests
 
 _PRIVATE = ("KVREPRO_DATA_DIR", "KVREPRO_PROGRESS", "KVREPRO_STRICT")
 

@@ -62,6 +62,24 @@ class Description:
 
 
 @dataclass(frozen=True)
+class StepRule:
+    """How a method lets one slot go for each token that comes, so that decoding can work in place (`static`).
+
+    Attributes:
+        score: the slot with the lowest one leaves: `"age"` (the oldest), `"mass"` (attention received), `"mean"` (the
+            same over the queries that saw it), or `"none"` (nothing ever leaves).
+        merge: the value that leaves joins its right neighbour's, weighted by mean attention (WeightedKV, Alg. 1).
+        sinks: first slots that stay.
+        recent: last slots that stay.
+    """
+
+    score: str
+    merge: bool = False
+    sinks: int = 0
+    recent: int = 1
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods: what the cache asks of one.
 
@@ -74,6 +92,7 @@ class Method:
         accumulates: side vectors the cache starts at 0 for each new token.
         cardinality_bias: attention adds log(cardinality) to a slot's logit.
         unlimited: never compresses.
+        counts_passes: what it keeps depends on how many passes read the tokens, not only on the tokens.
         needs_rotation: works on keys before rotary embedding, so it needs the model's rotation in any case.
         whole_numbers: options that count slots and must be whole numbers (or None).
     """
@@ -87,6 +106,7 @@ class Method:
     accumulates: ClassVar[tuple[str, ...]] = ()
     cardinality_bias: ClassVar[bool] = False
     unlimited: ClassVar[bool] = False
+    counts_passes: ClassVar[bool] = False
     needs_rotation: ClassVar[bool] = False
     whole_numbers: ClassVar[tuple[str, ...]] = ("sinks", "recent")
 
@@ -196,6 +216,14 @@ class Method:
             since: tokens that have arrived since the last compression.
         """
         return size > budget
+
+    def initial_state(self, slots: Slots) -> dict[str, Tensor]:
+        """What `slots.state` holds before the first compression, for methods that keep one."""
+        return {}
+
+    def step_rule(self, budget: int) -> StepRule | None:
+        """How one slot goes for each token while decoding; None where `compress` has more to do than that."""
+        return None
 
     def accumulate(self, slots: Slots, found: dict[str, Tensor], step: Step) -> Slots:
         """Add this pass's attention statistics to the side vectors.

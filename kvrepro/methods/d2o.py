@@ -71,6 +71,11 @@ class D2O(Method):
         """Half of what the sinks leave unless set."""
         return max(1, (budget - self.sinks) // 2) if self.recent is None else self.recent
 
+    def initial_state(self, slots: Slots) -> dict[str, Tensor]:
+        """No threshold yet: NaN."""
+        shape = slots.positions.shape[:2]
+        return {"threshold": slots.positions.new_full(shape, torch.nan, dtype=torch.float32)}
+
     def layer_budget(self, budget: int, layer: int, layers: int) -> int | None:
         """The budget, or None for the layers that stay whole."""
         return None if self.whole_layers and layer in (0, 1, layers - 1) else budget

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvrepro.methods.base import Method
+from kvrepro.methods.base import Method, StepRule
 
 
 @dataclass(frozen=True)
@@ -16,3 +16,7 @@ class Full(Method):
     title: ClassVar[str] = "Full cache"
     kind: ClassVar[str] = "baseline"
     unlimited: ClassVar[bool] = True
+
+    def step_rule(self, budget: int) -> StepRule:
+        """Nothing ever goes."""
+        return StepRule("none")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvrepro.attention import Step
-from kvrepro.methods.base import Method, option
+from kvrepro.methods.base import Method, StepRule, option
 from kvrepro.slots import Slots, compact, select
 
 
@@ -27,6 +27,12 @@ class H2O(Method):
     def recent_of(self, budget: int) -> int:
         """Half of the budget unless set."""
         return budget // 2 if self.recent is None else self.recent
+
+    def step_rule(self, budget: int) -> StepRule | None:
+        """The slot with the least accumulated attention goes; cumulative positions are left to `compress`."""
+        if self.positions == "cardinality":
+            return None
+        return StepRule("mass", sinks=self.sinks, recent=self.recent_of(budget))
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Keep the slots with the largest accumulated attention (a sum, not divided by age), and the recent ones."""

@@ -83,6 +83,11 @@ class KVMerger(Method):
         """Whether the slots are held to the budget."""
         return self.budget_mode == "exact"
 
+    @property
+    def counts_passes(self) -> bool:
+        """With a fixed threshold every pass over a prompt ends with a merge."""
+        return not self.bounded
+
     def recent_of(self, budget: int) -> int:
         """0.34 of the budget unless set; at least the newest token."""
         return max(1, _slots(self.recent, 0.34, budget))

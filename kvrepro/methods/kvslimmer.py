@@ -40,6 +40,17 @@ class KVSlimmer(PairMerging):
         """Side vectors of the released code: mean attention of the last pass, running mean of h."""
         return ("alpha", "h") if self.variant == "released" else ()
 
+    @property
+    def counts_passes(self) -> bool:
+        """The released code's running mean weighs passes."""
+        return self.variant == "released"
+
+    def initial_state(self, slots: Slots) -> dict[str, Tensor]:
+        """No pass seen yet."""
+        if self.variant == "paper":
+            return {}
+        return {"passes": slots.positions.new_zeros(slots.positions.shape[:2], dtype=torch.float32)}
+
     def pair_factor(self, slots: Slots) -> Tensor:
         """The pair's cardinality; the released code collapses it to one number, which changes no order."""
         factor = super().pair_factor(slots)

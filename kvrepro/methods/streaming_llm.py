@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvrepro.attention import Step
-from kvrepro.methods.base import POSITIONS, Method, option
+from kvrepro.methods.base import POSITIONS, Method, StepRule, option
 from kvrepro.slots import Slots, compact, protected
 
 
@@ -23,6 +23,12 @@ class StreamingLLM(Method):
     sinks: int = option(4, "code: 4 sinks")
     recent: int | None = option(None, "code: everything but the sinks")
     positions: str = option("cache", "code: positions are places in the cache", POSITIONS)
+
+    def step_rule(self, budget: int) -> StepRule | None:
+        """The oldest slot after the sinks goes."""
+        if self.recent is not None or self.positions == "cardinality":
+            return None
+        return StepRule("age", sinks=self.sinks, recent=budget - self.sinks)
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Keep `sinks` first and `budget - sinks` last slots; `recent` asks for fewer."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvrepro.attention import Step
-from kvrepro.methods.base import POSITIONS, Method, option
+from kvrepro.methods.base import POSITIONS, Method, StepRule, option
 from kvrepro.slots import Slots, compact, join_right, select
 
 
@@ -42,6 +42,12 @@ class WeightedKV(Method):
     def mean_attention(self, slots: Slots) -> Tensor:
         """`[B, H_kv, S]`: attention accumulated by each slot over the number of queries that saw it (Alg. 1)."""
         return slots.stats["mass"] / slots.stats["count"].clamp_min(1.0)
+
+    def step_rule(self, budget: int) -> StepRule | None:
+        """The slot with the least mean attention goes, and its value joins its right neighbour's (Alg. 1)."""
+        if self.positions == "cardinality":
+            return None
+        return StepRule("mean", merge=self.merge, sinks=self.sinks, recent=self.recent_of(budget))
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Evict the slots with the least mean attention; each run of evicted values joins the slot on its right."""

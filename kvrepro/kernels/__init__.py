@@ -1,0 +1,47 @@
+"""Triton kernels: what they can take, and where the PyTorch code takes over.
+
+A kernel module holds one kernel and the function that launches it. Its twin, the same function in PyTorch, is the code
+that calls it: `attention`, `methods`, `static`. `covers` decides between the two, so that nothing has to be switched on
+or off: without a GPU or without Triton the twins do everything, and a shape or type that no kernel takes is said once.
+
+The kernels' tests run in Triton's interpreter (TRITON_INTERPRET=1), which needs no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+#: Head sizes the kernels are written and tested for.
+HEAD_DIMS = (16, 32, 64, 128, 256)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_said: set[str] = set()
+
+
+def covers(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors, `[..., d]` of one head size each; a GPU they don't cover is said once."""
+    if tensors[0].device.type != "cuda":
+        return False
+    reason = _why_not(tensors)
+    if reason and reason not in _said:
+        _said.add(reason)
+        warnings.warn(f"the Triton kernels do not take {reason}: PyTorch code is used, slower", stacklevel=3)
+    return not reason
+
+
+def _why_not(tensors: tuple[Tensor, ...]) -> str | None:
+    """What the kernels do not cover of these tensors, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "any input because Triton is not installed"
+    for x in tensors:
+        if x.requires_grad and torch.is_grad_enabled():
+            return "tensors that need a gradient"
+        if x.dtype not in DTYPES:
+            return f"the type {x.dtype}"
+        if x.shape[-1] not in HEAD_DIMS:
+            return f"heads of {x.shape[-1]} dimensions (they take {', '.join(map(str, HEAD_DIMS))})"
+    return None

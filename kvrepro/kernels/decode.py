@@ -1,0 +1,252 @@
+"""One decoding step over fixed slots: attend, count the attention, let one slot go, all in place.
+
+Two launches. `_attend` walks over the slots in splits (flash decoding): it writes the new token into the free slot,
+turns keys to their in-cache positions, and leaves each split's partial output and, where the method asks for attention,
+the logits. `_settle` joins the splits; beside that, one program a KV head adds the probabilities to the slots' sums,
+finds the slot that leaves and merges its value into its right neighbour. The twin is `static.step_reference`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvrepro.static import StaticSlots
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+#: How a slot's score is formed; the lowest leaves.
+SCORES = {"none": 0, "age": 1, "mass": 2, "mean": 3}
+#: Slots a tile of `_attend` holds, slots a tile of `_settle` holds, most splits a head is cut into, warps.
+CONFIG = {"tile": 64, "settle_tile": 1024, "splits": 64, "attend_warps": 4, "settle_warps": 8, "stages": 3}
+
+
+@triton.jit
+def _attend(
+    q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, pos_ptr, place_ptr, free_ptr, filled_ptr, newest_ptr, freq_ptr,
+    logit_ptr, acc_ptr, max_ptr, sum_ptr,
+    q_b, q_h, new_k_b, new_k_h, new_v_b, new_v_h, heads, size, span, scale, softcap,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr,
+    STATS: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One split of one KV head: grid (B * H_kv, splits)."""
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, h = head // heads, head % heads
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    half: tl.constexpr = D // 2
+    group, low, dim = tl.arange(0, GP), tl.arange(0, half), tl.arange(0, D)
+    free = tl.load(free_ptr + head)
+    filled = tl.load(filled_ptr + head)
+    newest = tl.load(newest_ptr + b)
+    # Keys are read in halves: rotary embedding pairs dimension j with j + d / 2.
+    q_row = q_ptr + b * q_b + (h * G + group) * q_h
+    q_low = tl.load(q_row[:, None] + low[None, :], mask=group[:, None] < G, other=0.0)
+    q_high = tl.load(q_row[:, None] + half + low[None, :], mask=group[:, None] < G, other=0.0)
+    new_k = new_k_ptr + b * new_k_b + h * new_k_h
+    new_low, new_high = tl.load(new_k + low), tl.load(new_k + half + low)
+    new_v = tl.load(new_v_ptr + b * new_v_b + h * new_v_h + dim)
+    if ROTATE:
+        freq = tl.load(freq_ptr + low)
+    best = tl.full([GP], -float("inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, D], tl.float32)
+    for start in tl.range(split * span, tl.minimum((split + 1) * span, size), BLOCK, num_stages=STAGES):
+        slot = start + tl.arange(0, BLOCK)
+        inside = slot < size
+        is_new = slot == free
+        row = head * size + slot
+        k_low = tl.load(k_ptr + row[:, None] * D + low[None, :], mask=inside[:, None], other=0.0)
+        k_high = tl.load(k_ptr + row[:, None] * D + half + low[None, :], mask=inside[:, None], other=0.0)
+        v = tl.load(v_ptr + row[:, None] * D + dim[None, :], mask=inside[:, None], other=0.0)
+        k_low = tl.where(is_new[:, None], new_low[None, :], k_low)
+        k_high = tl.where(is_new[:, None], new_high[None, :], k_high)
+        v = tl.where(is_new[:, None], new_v[None, :], v)
+        valid = inside & (slot <= filled)
+        if ROTATE:
+            place = tl.load(place_ptr + row, mask=inside, other=0)
+            position = tl.load(pos_ptr + row, mask=inside, other=0)
+            shift = tl.where(valid & (is_new == 0), newest - (filled - place) - position, 0)
+            if tl.max(tl.abs(shift), 0) > 0:
+                angle = shift.to(tl.float32)[:, None] * freq[None, :]
+                cos, sin = tl.cos(angle), tl.sin(angle)
+                turned = k_low.to(tl.float32) * cos - k_high.to(tl.float32) * sin
+                k_high = (k_high.to(tl.float32) * cos + k_low.to(tl.float32) * sin).to(k_high.dtype)
+                k_low = turned.to(k_low.dtype)
+        logit = tl.dot(q_low, tl.trans(k_low), input_precision=precision)
+        logit = (logit + tl.dot(q_high, tl.trans(k_high), input_precision=precision)) * scale
+        if CAPPED:
+            ratio = tl.exp2(-2.0 * tl.abs(logit) / softcap * _LOG2E)
+            tanh = (1.0 - ratio) / (1.0 + ratio)
+            logit = softcap * tl.where(logit < 0, -tanh, tanh)
+        logit = tl.where(valid[None, :], logit * _LOG2E, -float("inf"))
+        if STATS:
+            out_row = (head * G + group) * size
+            tl.store(logit_ptr + out_row[:, None] + slot[None, :], logit, mask=(group[:, None] < G) & inside[None, :])
+        higher = tl.maximum(best, tl.max(logit, 1))
+        safe = tl.where(higher == -float("inf"), 0.0, higher)
+        p = tl.exp2(logit - safe[:, None])
+        fade = tl.exp2(best - safe)
+        total = total * fade + tl.sum(p, 1)
+        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=precision)
+        best = higher
+    if (free >= split * span) & (free < (split + 1) * span):
+        row = (head * size + free) * D
+        tl.store(k_ptr + row + low, new_low)
+        tl.store(k_ptr + row + half + low, new_high)
+        tl.store(v_ptr + row + dim, new_v)
+    part = (head * tl.num_programs(1) + split) * G + group
+    tl.store(max_ptr + part, best, mask=group < G)
+    tl.store(sum_ptr + part, total, mask=group < G)
+    tl.store(acc_ptr + part[:, None] * D + dim[None, :], acc, mask=group[:, None] < G)
+
+
+@triton.jit
+def _settle(
+    out_ptr, acc_ptr, max_ptr, sum_ptr, logit_ptr, v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr,
+    free_ptr, filled_ptr, newest_ptr, heads, size, budget, sinks, recent, splits,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
+    SCORE: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * H_kv, G + 1): G programs join a query head's splits, the last one settles the slots."""
+    head, role = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    part = tl.arange(0, SP)
+    if role < G:
+        dim = tl.arange(0, D)
+        index = (head * splits + part) * G + role
+        best = tl.load(max_ptr + index, mask=part < splits, other=-float("inf"))
+        weight = tl.exp2(best - tl.max(best, 0))
+        total = tl.sum(weight * tl.load(sum_ptr + index, mask=part < splits, other=0.0), 0)
+        acc = tl.load(acc_ptr + index[:, None] * D + dim[None, :], mask=part[:, None] < splits, other=0.0)
+        out = tl.sum(weight[:, None] * acc, 0) / total
+        tl.store(out_ptr + (head * G + role) * D + dim, out.to(out_ptr.dtype.element_ty))
+    else:
+        group = tl.arange(0, GP)
+        free = tl.load(free_ptr + head)
+        filled = tl.load(filled_ptr + head)
+        first = head * size
+        tl.store(pos_ptr + first + free, tl.load(newest_ptr + head // heads))
+        tl.store(card_ptr + first + free, 1)
+        tl.store(place_ptr + first + free, filled)
+        lse = tl.zeros([GP], tl.float32)
+        if SCORE > 1:
+            index = (head * splits + part[:, None]) * G + group[None, :]
+            known = (part[:, None] < splits) & (group[None, :] < G)
+            best = tl.load(max_ptr + index, mask=known, other=-float("inf"))
+            top = tl.max(best, 0)
+            top = tl.where(group < G, top, 0.0)
+            sums = tl.load(sum_ptr + index, mask=known, other=0.0)
+            lse = top + tl.log2(tl.where(group < G, tl.sum(tl.exp2(best - top[None, :]) * sums, 0), 1.0))
+        tl.debug_barrier()
+        lowest = float("inf")
+        leaves = sinks
+        if SCORE > 1:
+            leaves = 2147483647
+            for start in range(0, size, BLOCK):
+                slot = start + tl.arange(0, BLOCK)
+                valid = (slot < size) & (slot <= filled)
+                is_new = slot == free
+                place = tl.load(place_ptr + first + slot, mask=valid, other=0)
+                logit = tl.load(
+                    logit_ptr + (head * G + group)[:, None] * size + slot[None, :],
+                    mask=(group[:, None] < G) & valid[None, :], other=-float("inf"),
+                )  # fmt: skip
+                seen = tl.sum(tl.exp2(logit - lse[:, None]), 0) / G
+                mass = tl.load(mass_ptr + first + slot, mask=valid & (is_new == 0), other=0.0) + seen
+                tl.store(mass_ptr + first + slot, mass, mask=valid)
+                score = mass
+                if SCORE == 3:
+                    count = tl.load(count_ptr + first + slot, mask=valid & (is_new == 0), other=0.0) + 1.0
+                    tl.store(count_ptr + first + slot, count, mask=valid)
+                    score = mass / count
+                candidate = valid & (place >= sinks) & (place <= filled - recent)
+                score = tl.where(candidate, score, float("inf"))
+                low = tl.min(score, 0)
+                # Of equal scores the earlier slot leaves, as in `slots.top`.
+                where = tl.min(tl.where(candidate & (score == low), place, 2147483647), 0)
+                better = (low < lowest) | ((low == lowest) & (where < leaves))
+                leaves = tl.where(better, where, leaves)
+                lowest = tl.minimum(low, lowest)
+        if (SCORE > 0) & (filled >= budget):
+            tl.debug_barrier()
+            victim, right = 0, 0
+            for start in range(0, size, BLOCK):
+                slot = start + tl.arange(0, BLOCK)
+                valid = slot < size
+                place = tl.load(place_ptr + first + slot, mask=valid, other=-1)
+                victim += tl.sum(tl.where(place == leaves, slot, 0), 0)
+                right += tl.sum(tl.where(place == leaves + 1, slot, 0), 0)
+                tl.store(place_ptr + first + slot, place - 1, mask=valid & (place > leaves))
+            if MERGE:
+                dim = tl.arange(0, D)
+                a = tl.load(mass_ptr + first + victim) / tl.load(count_ptr + first + victim)
+                c = tl.load(mass_ptr + first + right) / tl.load(count_ptr + first + right)
+                left_v = tl.load(v_ptr + (first + victim) * D + dim)
+                right_v = tl.load(v_ptr + (first + right) * D + dim)
+                mixed = (a * left_v.to(tl.float32) + c * right_v.to(tl.float32)) / tl.maximum(a + c, 1e-37)
+                mixed = tl.where((a > 0) & (c > 0), mixed, right_v.to(tl.float32))
+                tl.store(v_ptr + (first + right) * D + dim, mixed.to(v_ptr.dtype.element_ty))
+                tokens = tl.load(card_ptr + first + victim) + tl.load(card_ptr + first + right)
+                tl.store(card_ptr + first + right, tokens)
+            tl.store(free_ptr + head, victim)
+        else:
+            tl.store(free_ptr + head, filled + 1)
+            tl.store(filled_ptr + head, filled + 1)
+
+
+def step(
+    slots: StaticSlots, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Attend with one new token a row, and settle, in place; see `static.step`.
+
+    Args:
+        slots: the fixed slots.
+        queries: `[B, H_kv, G, d]`.
+        keys: `[B, H_kv, d]`.
+        values: `[B, H_kv, d]`.
+        scale: factor on the logits.
+        softcap: cap on the logits, or None.
+
+    Returns:
+        `[B, H_kv, G, d]` in the queries' dtype.
+    """
+    b, h, g, d = queries.shape
+    size = slots.size
+    tile = CONFIG["tile"]
+    splits = min(triton.cdiv(size, tile), max(1, triton.cdiv(2 * _processors(queries), b * h)), CONFIG["splits"])
+    span = triton.cdiv(triton.cdiv(size, tile), splits) * tile
+    splits = triton.cdiv(size, span)
+    score = SCORES[slots.rule.score]
+    new = queries.new_empty
+    acc = new(b, h, splits, g, d, dtype=torch.float32)
+    best, total = new(2, b, h, splits, g, dtype=torch.float32)
+    logits = new(b, h, g, size if score > 1 else 0, dtype=torch.float32)
+    out = new(b, h, g, d)
+    groups = max(16, triton.next_power_of_2(g))
+    flat = queries.reshape(b, h * g, d)
+    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    _attend[(b * h, splits)](
+        flat, keys, values, slots.keys, slots.values, slots.positions, slots.place, slots.free, slots.filled,
+        slots.newest, slots.frequencies, logits, acc, best, total,
+        flat.stride(0), flat.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        h, size, span, scale, softcap or 0.0,
+        G=g, GP=groups, D=d, BLOCK=tile, ROTATE=slots.turns, STATS=score > 1, CAPPED=softcap is not None,
+        EXACT=queries.dtype == torch.float32, STAGES=CONFIG["stages"], num_warps=CONFIG["attend_warps"],
+    )  # fmt: skip
+    _settle[(b * h, g + 1)](
+        out, acc, best, total, logits, slots.values, slots.positions, slots.place, slots.cardinality, slots.mass,
+        slots.count, slots.free, slots.filled, slots.newest, h, size, slots.budget, slots.rule.sinks,
+        slots.rule.recent, splits,
+        G=g, GP=triton.next_power_of_2(g), D=d, SP=max(2, triton.next_power_of_2(splits)),
+        BLOCK=min(CONFIG["settle_tile"], max(16, triton.next_power_of_2(size))),
+        SCORE=score, MERGE=slots.rule.merge, num_warps=CONFIG["settle_warps"],
+    )  # fmt: skip
+    return out
+
+
+def _processors(x: Tensor) -> int:
+    """Streaming multiprocessors of the device; an H100's number where there is no GPU (the interpreter)."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132

@@ -1,0 +1,139 @@
+"""The decoding kernel in Triton's interpreter, against its twin and against float64."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvrepro import static
+from kvrepro.methods.base import StepRule
+from kvrepro.rope import Rotation
+from kvrepro.slots import Slots
+
+decode = pytest.importorskip("kvrepro.kernels.decode")
+
+RULES = {
+    "full": StepRule("none"),
+    "streaming_llm": StepRule("age", sinks=2, recent=19),
+    "h2o": StepRule("mass", recent=5),
+    "evicting": StepRule("mean", sinks=1, recent=4),
+    "weightedkv": StepRule("mean", merge=True, sinks=1, recent=4),
+}
+
+
+def storage(
+    rule: StepRule, *, b: int = 2, h: int = 2, d: int = 64, budget: int = 21, filled: tuple[int, ...] = (21, 18)
+) -> static.StaticSlots:
+    """Fixed storage whose rows hold `filled` slots with holes in their positions, in float64."""
+    size = max(filled)
+    positions = torch.rand(b, h, 3 * size).argsort(dim=2)[..., :size].sort(dim=2).values.int()
+    empty = torch.arange(size) < size - torch.tensor(filled)[:b, None, None]
+    slots = Slots(
+        keys=torch.randn(b, h, size, d, dtype=torch.float64),
+        values=torch.randn(b, h, size, d, dtype=torch.float64),
+        positions=positions.masked_fill(empty, -1),
+        cardinality=torch.randint(1, 4, (b, h, size), dtype=torch.int32).masked_fill(empty, 0),
+        stats={name: torch.rand(b, h, size).masked_fill(empty, 0) for name in ("mass", "count")},
+        dense=False,
+        ragged=True,
+    )
+    rotation = Rotation(100.0 ** -(torch.arange(0, d, 2) / d))
+    newest = torch.full((b,), 3 * size + 7, dtype=torch.int32)
+    if rule.score == "none":
+        budget += 40
+    return static.freeze_shape(slots, budget, rule, newest, ("mass", "count"), rotation)
+
+
+def cast(slots: static.StaticSlots, dtype: torch.dtype) -> static.StaticSlots:
+    """A copy with keys and values of another type, unused storage poisoned."""
+    slots = copy.deepcopy(slots)
+    for name in ("keys", "values"):
+        x = getattr(slots, name).to(dtype)
+        unused = torch.arange(slots.size) >= slots.filled.unsqueeze(-1)
+        setattr(slots, name, torch.where(unused.unsqueeze(-1), torch.full_like(x, 1e4), x))
+    return slots
+
+
+def tokens(slots: static.StaticSlots, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A random new token: queries `[B, H, G, d]`, key and value `[B, H, d]`."""
+    b, h, _, d = slots.keys.shape
+    return tuple(torch.randn(b, h, *more, d, dtype=torch.float64) for more in ((group,), (), ()))
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_kernel_keeps_the_same_slots_as_its_twin(name: str, turns: bool) -> None:
+    torch.manual_seed(len(name))
+    exact = dataclasses.replace(storage(RULES[name]), turns=turns)
+    ours, twin = cast(exact, torch.float32), cast(exact, torch.float32)
+    for _ in range(12):
+        new = [x.float() for x in tokens(exact, 3)]
+        got = decode.step(ours, *new, 0.125, None)
+        want = static.step_reference(twin, *new, 0.125, None)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        ours.newest += 1
+        twin.newest += 1
+    for field in ("positions", "cardinality", "free", "filled"):
+        assert torch.equal(getattr(ours, field), getattr(twin, field)), field
+    a, b = static.thaw(ours), static.thaw(twin)
+    assert torch.equal(a.positions, b.positions)
+    for field in ("keys", "values"):
+        torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=1e-4, atol=1e-5)
+    if RULES[name].score in ("mass", "mean"):
+        torch.testing.assert_close(a.stats["mass"], b.stats["mass"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("d", "group", "size"), [(64, 1, 21), (128, 4, 70), (256, 8, 33), (32, 3, 130)])
+def test_error_is_at_most_twice_the_twins(
+    d: int, group: int, size: int, softcap: float | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(d + size)
+    exact = storage(RULES["weightedkv"], d=d, budget=size, filled=(size, size - 3))
+    new = tokens(exact, group)
+    scale = d**-0.5
+    low = cast(exact, dtype)
+    rounded = [x.to(dtype) for x in new]
+    truth = cast(low, torch.float64)
+    want = static.step_reference(truth, *(x.double() for x in rounded), scale, softcap)
+    twin = copy.deepcopy(low)
+    theirs = static.step_reference(twin, *rounded, scale, softcap)
+    ours = decode.step(low, *rounded, scale, softcap)
+    # One unit in the last place of the output's type is granted: a lucky twin must not fail the kernel.
+    grain = torch.finfo(dtype).eps * float(want.abs().mean())
+    assert ours.dtype == dtype and torch.isfinite(ours).all()
+    assert float((ours - want).norm()) <= 2 * float((theirs - want).norm()) + grain
+    mass = [float((x.mass - truth.mass).norm()) for x in (low, twin)]
+    assert mass[0] <= 2 * mass[1] + 1e-5
+
+
+def test_new_token_is_written_and_the_rest_untouched() -> None:
+    slots = cast(storage(RULES["h2o"]), torch.float32)
+    before = slots.keys.clone()
+    free = slots.free.clone().long()
+    new = [x.float() for x in tokens(slots, 2)]
+    decode.step(slots, *new, 0.1, None)
+    written = slots.keys.gather(2, free[..., None, None].expand(-1, -1, 1, 64)).squeeze(2)
+    assert torch.equal(written, new[1])
+    others = torch.arange(slots.size) != free.unsqueeze(-1)
+    assert torch.equal(slots.keys[others], before[others])
+
+
+@pytest.mark.parametrize("splits", [1, 3, 64])
+def test_any_number_of_splits_gives_the_same(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(splits)
+    monkeypatch.setitem(decode.CONFIG, "splits", splits)
+    monkeypatch.setitem(decode.CONFIG, "tile", 16)
+    monkeypatch.setitem(decode.CONFIG, "settle_tile", 32)
+    exact = storage(RULES["weightedkv"], budget=150, filled=(150, 149))
+    ours, twin = cast(exact, torch.float32), cast(exact, torch.float32)
+    for _ in range(3):
+        new = [x.float() for x in tokens(exact, 3)]
+        got, want = (f(x, *new, 0.1, None) for f, x in ((decode.step, ours), (static.step_reference, twin)))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours.place[..., :1], twin.place[..., :1]) and torch.equal(ours.free, twin.free)
