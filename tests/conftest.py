@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+# Kernels run in Triton's interpreter, which needs no GPU; it must be told before torch imports Triton.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: they run on the CPU, for the tests
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 _PRIVATE = ("KVREPRO_DATA_DIR", "KVREPRO_PROGRESS", "KVREPRO_STRICT")
 
