@@ -7,6 +7,7 @@ PROFILE ?=
 NB ?=
 P ?=
 T ?=
+B ?=
 
 PY := $(VENV)/bin/python
 KVREPRO := $(PY) -m kvrepro
@@ -14,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched
 
 .DEFAULT_GOAL := help
-.PHONY: help env fetch book notebook test lint clean distclean
+.PHONY: help env fetch book notebook test bench lint clean distclean
 
 help: ## this list
 	@echo "kvrepro: KV-cache merging, reproduced"
@@ -24,6 +25,7 @@ help: ## this list
 	@echo "  make book PROFILE=smoke|quick|gpu|paper     default: quick, or gpu where CUDA is found"
 	@echo '  make notebook NB=weightedkv/perplexity P="budget=128 window=2048"'
 	@echo '  make test T="tests/test_book.py -k stamp"   arguments for pytest'
+	@echo '  make bench B="--piece prefill,decode"       python -m benchmarks --help lists the choices'
 	@echo "  PYTHON=python3.12 make book                 another interpreter; VENV=folder for another environment"
 
 book: $(FETCHED) ## environment, embedded model, experiments, pages; prints the page to open
@@ -35,6 +37,9 @@ notebook: $(FETCHED) ## run one notebook (NB) with new parameters (P)
 
 test: $(FETCHED) ## environment, embedded model, test suite (with a smoke build of the book and its pages in Chromium)
 	@$(PY) -m pytest $(T)
+
+bench: $(INSTALLED) ## timings beside their peers and floors (B="--quick" on a machine without a large GPU)
+	@$(PY) -m benchmarks $(B)
 
 lint: $(INSTALLED) ## ruff, on the package and the notebooks
 	@$(PY) -m ruff check .

@@ -24,7 +24,9 @@ _STEP = "_kvrepro_step"
 
 #: What attends to one new token a row: (query, key, value, scale, softcap) -> output, see `redirected`.
 Attend = Callable[[Tensor, Tensor, Tensor, float, float | None], Tensor]
-_attending: dict[int, Attend] = {}
+_attending: dict[nn.Module, Attend] = {}
+_turns: list[Iterator[Attend]] = []
+_unmasked: list[bool] = []
 
 
 class AttendingLayer(Protocol):
@@ -44,27 +46,36 @@ def tag(key: Tensor, layer: AttendingLayer) -> Tensor:
 
 
 @torch.library.custom_op("kvrepro::attend", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, index: int) -> Tensor:
-    """Hand a step to what attends for layer `index`; one operator, so that a compiler need not look inside."""
-    return _attending[index](query, key, value, scale, softcap or None)
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float) -> Tensor:
+    """Hand a step to what attends for the layer whose turn it is.
+
+    One operator, so that a compiler need not look inside, and the same for all layers, so that what is compiled for one
+    serves them all.
+    """
+    return next(_turns[0])(query, key, value, scale, softcap or None)
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, index: int) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float) -> Tensor:
     """The output's shape, for the compiler."""
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 @contextmanager
 def redirected(handlers: Mapping[nn.Module, Attend]) -> Iterator[None]:
-    """Let attention modules hand their queries, keys and values `[B, H, 1, d]` to `handlers`, no cache between."""
-    for index, (module, attend) in enumerate(handlers.items()):
-        _attending[index] = attend
-        setattr(module, _STEP, index)
+    """Let attention modules hand their queries, keys and values `[B, H, 1, d]` to `handlers`, no cache between.
+
+    Inside, the model runs once, its attention modules in the order of `handlers`.
+    """
+    _attending.update(handlers)
+    _turns.append(iter(handlers.values()))
+    for module in handlers:
+        setattr(module, _STEP, True)
     try:
         yield
     finally:
         _attending.clear()
+        _turns.clear()
         for module in handlers:
             delattr(module, _STEP)
 
@@ -101,9 +112,11 @@ def attention_forward(
         raise ValueError(
             "kvrepro does not support learned attention sinks (s_aux); load the model with another attention"
         )
-    index = getattr(module, _STEP, None)
-    if index is not None:
-        out = torch.ops.kvrepro.attend(query, key, value, scale, softcap or 0.0, index)
+    if getattr(module, _STEP, False):
+        if torch.compiler.is_compiling():
+            out = torch.ops.kvrepro.attend(query, key, value, scale, softcap or 0.0)
+        else:
+            out = _attending[module](query, key, value, scale, softcap)
         return out.transpose(1, 2).contiguous(), None
     layer = getattr(key, _TAG, None)
     if layer is not None:
@@ -134,7 +147,20 @@ def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
     A compressed layer says through `get_mask_sizes` that it has just the new tokens, so its mask is `[B, 1, n, n]` or
     None: padding among the new tokens, and nothing about slots, which know themselves whether they are empty.
     """
-    return sdpa_mask(*args, **kwargs)
+    return None if _unmasked else sdpa_mask(*args, **kwargs)
+
+
+@contextmanager
+def unmasked() -> Iterator[None]:
+    """Inside, no mask is made: for text without padding read by compressed layers alone.
+
+    Without this transformers makes one whenever a CUDA graph is captured, whether it says anything or not.
+    """
+    _unmasked.append(True)
+    try:
+        yield
+    finally:
+        _unmasked.pop()
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:

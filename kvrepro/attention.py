@@ -1,19 +1,21 @@
 """Attention over slots: the output, and the exact statistics that the methods decide by.
 
-The output comes from PyTorch's fused attention where no statistic is asked for. Where one is, the probabilities are
-formed in blocks of queries, used for the output and for the statistics, and let go: memory grows with the block, not
-with the square of the prompt.
+On a GPU the output comes from fused kernels, which leave each query's log-sum-exp behind, and the statistics from one
+more product of queries and keys (`kernels.prefill`). Elsewhere, the output comes from PyTorch's fused attention where
+no statistic is asked for; where one is, the probabilities are formed in blocks of queries, used for both, and let go.
+Either way, memory grows with the prompt, not with its square.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvrepro import kernels
 from kvrepro.rope import Rotation
 from kvrepro.slots import Slots
 
@@ -39,6 +41,7 @@ class Step:
         window_queries: `[B, H_kv, G, w, d]`, the last w queries seen (this pass included) for methods with a window.
         window_positions: `[B, w]` int32, their positions.
         gradients: `[B, H_kv, S, d]`, the loss's gradient by each slot's unrotated key, where one was taken.
+        view: what the kernels read when the pass attended, where they did the work.
     """
 
     queries: Tensor
@@ -54,6 +57,7 @@ class Step:
     window_queries: Tensor | None = None
     window_positions: Tensor | None = None
     gradients: Tensor | None = None
+    view: View | None = None
 
     def shift(self, slots: Slots) -> Tensor | None:
         """`[B, H_kv, S]`: by how many positions each slot is moved when it is read, None where none is.
@@ -81,6 +85,17 @@ class Step:
             zeros = torch.zeros_like(slots.positions, dtype=torch.promote_types(slots.keys.dtype, torch.float32))
             return zeros.masked_fill(~slots.valid, -torch.inf)
         return None
+
+    def last(self, count: int) -> Step:
+        """This pass as its last `count` queries see it."""
+        if self.queries.shape[3] <= count:
+            return self
+        return replace(
+            self,
+            queries=self.queries[:, :, :, -count:],
+            query_positions=self.query_positions[:, -count:],
+            view=None if self.view is None else self.view.last(count),
+        )
 
     def blocks(self, slots: Slots) -> Iterator[tuple[slice, Tensor]]:
         """Attention probabilities of this pass's queries over `slots`, a block of queries at a time.
@@ -153,6 +168,29 @@ def attend(step: Step, slots: Slots, statistics: Sequence[str]) -> tuple[Tensor,
     Returns:
         Output `[B, H_kv, G, n, d_v]`, and the statistics, each `[B, H_kv, G, S]` float32 or float64.
     """
+    out, found, _ = look(step, slots, statistics)
+    return out, found
+
+
+def look(step: Step, slots: Slots, statistics: Sequence[str]) -> tuple[Tensor, dict[str, Tensor], View | None]:
+    """`attend`, and what the kernels read where they did the work, so that `observe` need not attend again."""
+    if kernels.covers(step.queries, slots.keys, slots.values) and (statistics or not _is_plain(step, slots)):
+        seen = view(step, slots)
+        found = {name: seen.column_sums({"mass": 0, "last": seen.count - 1}[name]) for name in statistics}
+        return seen.output.view(*step.queries.shape[:4], -1), found, seen
+    out, found = _without_kernels(step, slots, statistics)
+    return out, found, None
+
+
+def _is_plain(step: Step, slots: Slots) -> bool:
+    """Whether PyTorch's fused attention does what is asked: one query, or a prompt's own tokens, and no bias."""
+    n = step.queries.shape[3]
+    biased = slots.ragged or (step.cardinality_bias and not slots.dense)
+    return not biased and step.softcap is None and n in (1, slots.size)
+
+
+def _without_kernels(step: Step, slots: Slots, statistics: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """`attend` in PyTorch."""
     if not statistics:
         return _fused(step, slots), {}
     outputs, mass, last = [], 0.0, None
@@ -166,11 +204,110 @@ def attend(step: Step, slots: Slots, statistics: Sequence[str]) -> tuple[Tensor,
     return torch.cat(outputs, dim=3), {name: found[name] for name in statistics}
 
 
+@dataclass(frozen=True)
+class View:
+    """What the kernels read of a pass over slots.
+
+    Attributes:
+        queries: `[B, H_q, n, d]`.
+        keys: `[B, H_kv, S, d]`, at the positions where the queries see them.
+        values: `[B, H_kv, S, d]`.
+        bias: `[B, H_kv, S]`, or None.
+        output: `[B, H_q, n, d]`.
+        lse: `[B, H_q, n]` float32, log-sum-exp; +inf for padding.
+        softcap: cap on the logits, or None.
+        scale: factor on the logits.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None
+    output: Tensor
+    lse: Tensor
+    scale: float
+    softcap: float | None
+    source: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of queries."""
+        return self.queries.shape[2]
+
+    def last(self, count: int) -> View:
+        """What the last `count` queries see."""
+        return replace(
+            self,
+            queries=self.queries[:, :, -count:],
+            output=self.output[:, :, -count:],
+            lse=self.lse[:, :, -count:].contiguous(),
+        )
+
+    def column_sums(self, first: int = 0) -> Tensor:
+        """`[B, H_kv, G, S]` float32: attention to each slot from the queries from `first` on."""
+        from kvrepro.kernels import prefill
+
+        sums = prefill.column_sums(
+            self.queries, self.keys, self.lse, self.bias, self.scale, self.softcap, first
+        )  # [B, H_q, S]
+        return sums.view(len(sums), self.keys.shape[1], -1, sums.shape[-1])
+
+
+def view(step: Step, slots: Slots) -> View:
+    """Attend by kernels. Only where `kernels.covers` the pass."""
+    from kvrepro.kernels import prefill
+
+    b, h, g, n, d = step.queries.shape
+    queries = step.queries.reshape(b, h * g, n, d)
+    keys, bias = step.read_keys(slots), step.bias(slots)
+    if n > 1 and n == slots.size and bias is None and step.softcap is None and _cudnn(queries, keys, slots.values):
+        output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            queries, keys, slots.values, None, True, 0.0, True, scale=step.scale
+        )[:2]
+        lse = lse.view(b, h * g, n)
+    else:
+        output, lse = prefill.attend(queries, keys, slots.values, bias, step.scale, step.softcap)
+    if slots.ragged:
+        lse = lse.masked_fill((step.query_positions < 0)[:, None], torch.inf)
+    return View(queries, keys, slots.values, bias, output, lse, step.scale, step.softcap, slots.keys)
+
+
+def _cudnn(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether cuDNN's attention, the fastest there is for whole prompts, can be used."""
+    asked = torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, True, True)
+    return torch.backends.cuda.can_use_cudnn_attention(asked)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a pass's queries make of slots that may have changed since.
+
+    Attributes:
+        mass: `[B, H_kv, S]`, attention to each slot, summed over queries and group.
+        view: what the kernels read, where they did the work, else None.
+    """
+
+    mass: Tensor
+    view: View | None = None
+
+
+def observe(step: Step, slots: Slots) -> Observation:
+    """Let a pass's queries attend to slots."""
+    if kernels.covers(step.queries, slots.keys, slots.values):
+        known = step.view is not None and step.view.source is slots.keys
+        seen = step.view if known else view(step, slots)
+        return Observation(seen.column_sums().sum(dim=2), seen)
+    mass = torch.zeros_like(slots.positions, dtype=torch.promote_types(slots.keys.dtype, torch.float32))
+    for _, p in step.blocks(slots):
+        mass = mass + p.sum(dim=(2, 3))
+    return Observation(mass)
+
+
 def _fused(step: Step, slots: Slots) -> Tensor:
-    """Attention output through PyTorch's fused kernels; `[B, H_kv, G, n, d_v]`."""
+    """Attention output without statistics; `[B, H_kv, G, n, d_v]`."""
+    b, h, g, n, _ = step.queries.shape
     if step.softcap is not None:
         return torch.cat([(p.to(slots.values.dtype) @ slots.values.unsqueeze(2)) for _, p in step.blocks(slots)], dim=3)
-    b, h, g, n, _ = step.queries.shape
     mask, causal = _mask(step, slots, n)
     out = scaled_dot_product_attention(
         step.queries.reshape(b, h * g, n, -1),

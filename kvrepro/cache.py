@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvrepro import methods
 from kvrepro.adapter import is_prepared, prepare, tag
-from kvrepro.attention import Step, attend
+from kvrepro.attention import Step, attend, look
 from kvrepro.methods.base import Method
 from kvrepro.rope import Rotation, find_rotation
 from kvrepro.slots import Slots
@@ -225,14 +225,15 @@ class CompressedLayer(CacheLayerMixin):
         if self.slots is None:
             self.cache().check_model(module)
             self.module = weakref.ref(module)
-            self.plan(query.shape[2])
+            self.cache().plan(query.shape[2])
         new, positions = self._new_slots(keys, values, mask)
         slots = new if self.slots is None else self.slots.append(new)
         step = self._step(query, positions, scale, softcap, keys.shape[1])
         if self.probe is not None:
             return self.probe.attend(self, slots, step)
         statistics = self.method.statistics if self.active else ()
-        out, found = attend(step, slots, statistics)
+        out, found, view = look(step, slots, statistics)
+        step = dataclasses.replace(step, view=view)
         self.seen += query.shape[2]
         self.row_tokens = self.row_tokens + (positions >= 0).sum(dim=1).to(torch.int32)
         self._since += query.shape[2]

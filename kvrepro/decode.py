@@ -1,118 +1,158 @@
 """Decoding token by token: slots in fixed storage, the whole step in one CUDA graph.
 
 Plain `model.generate` works with every cache. `generate` here does the same faster: on a GPU a step is captured once
-and replayed, so that no time goes to Python and launches. Methods with a `step_rule` work in place; the others run
-their `compress`, whose results are copied back into fixed storage. Without a GPU the same steps run one by one.
+and replayed, so that no time goes to Python and launches. Each layer takes its steps in one of four ways:
+
+* in place: the method has a `step_rule`, or nothing ever leaves;
+* appended: the method compresses now and then. Steps in between append to fixed storage; when the layer is due, which
+  the host knows without asking the GPU, that step runs eagerly and `compress` puts its result back into the storage;
+* copied back: the method's `compress` does the same work at every step (`steady`); what it returns is copied into fixed
+  storage;
+* plain: anything else, one launch after another.
+
+Without a GPU the same steps run one by one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from kvrepro.adapter import redirected
 from kvrepro.cache import CompressedCache, CompressedLayer
+from kvrepro.compiled import compiled
 from kvrepro.evaluate import prefill
-from kvrepro.methods.base import StepRule
+from kvrepro.fixed import FixedLayer
+from kvrepro.memory import explained
+from kvrepro.methods.base import Method, StepRule
 from kvrepro.slots import Slots
-from kvrepro.static import freeze_shape, step, thaw
+from kvrepro.static import StaticSlots, freeze_shape, refill, step, thaw
 
 #: Steps that run before the capture: they compile kernels and set up libraries.
 _WARM_UP = 2
-#: Steps between two looks at whether all rows have ended; a look waits for the GPU.
-_LOOK = 16
-
-_compiled: weakref.WeakKeyDictionary[PreTrainedModel, Callable[..., Any]] = weakref.WeakKeyDictionary()
+#: Steps between two looks at whether all rows have ended; on a GPU a look waits for it.
+_LOOK = {"cuda": 16}
 
 
 class _InPlace:
-    """A layer whose method lets one slot go for each token (`step_rule`)."""
+    """A layer that lets one slot go for each token by a rule (`step_rule`), or lets none go."""
+
+    mode = "in place"
+    due = False
 
     def __init__(self, layer: CompressedLayer, rule: StepRule, newest: Tensor, room: int) -> None:
         """Move the layer's slots into fixed storage."""
         self.layer = layer
-        names = tuple(n for n in ("mass", "count") if n in layer.slots.stats)
-        budget = layer.slots.size + room if rule.score == "none" else layer.budget
-        rotation = None if layer.method.positions == "original" else layer.rotation
-        layer.static = freeze_shape(layer.slots, budget, rule, newest, names, rotation)
+        layer.static = _freeze(layer, rule, newest, room)
         layer.slots = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Tensor:
         """`[B, H_q, 1, d]` from one new token a row: query `[B, H_q, 1, d]`, key and value `[B, H_kv, 1, d]`."""
-        b, hq, _, d = query.shape
-        h = key.shape[1]
-        out = step(self.layer.static, query.reshape(b, h, hq // h, d), key.squeeze(2), value.squeeze(2), scale, softcap)
-        return out.reshape(b, hq, 1, -1)
+        return _step(self.layer.static, query, key, value, scale, softcap)
+
+    def taken(self) -> None:
+        """A step has been taken."""
 
     def close(self) -> None:
         """Give the slots back in order."""
         self.layer.slots, self.layer.static = thaw(self.layer.static), None
 
 
+class _Appended:
+    """A layer that compresses now and then: tokens are appended to fixed storage until it is due."""
+
+    mode = "appended"
+
+    def __init__(self, layer: CompressedLayer, newest: Tensor, room: int) -> None:
+        """Move the layer's slots into fixed storage."""
+        self.layer = layer
+        self._size = layer.slots.size
+        layer.static = _freeze(layer, StepRule("none"), newest, room)
+        layer.slots = None
+
+    @property
+    def due(self) -> bool:
+        """Whether the next token makes the layer compress."""
+        layer = self.layer
+        return layer.active and layer.method.due(self._size + 1, layer.budget, 1, layer._since + 1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """As `_InPlace.attend`; a due layer takes its slots out and runs as it would without this class."""
+        if not self.due:
+            return _step(self.layer.static, query, key, value, scale, softcap)
+        self._storage = self.layer.static
+        self.layer.slots, self.layer.static = thaw(self._storage), None
+        self.layer.row_tokens = self._storage.newest.clone()
+        return _run_layer(self.layer, query, key, value, scale, softcap)
+
+    def taken(self) -> None:
+        """A step has been taken: count its token, or put what was compressed back into the storage."""
+        layer = self.layer
+        if layer.static is not None:
+            self._size += 1
+            layer._since += 1
+        elif _way(layer) is _Appended and layer.slots.size < self._storage.size:
+            self._size = layer.slots.size
+            refill(self._storage, layer.slots, by_tokens=layer.method.positions == "cardinality")
+            layer.slots, layer.static = None, self._storage
+
+    def close(self) -> None:
+        """Give the slots back in order."""
+        if self.layer.static is not None:
+            self.layer.slots, self.layer.static = thaw(self.layer.static), None
+
+
 class _CopiedBack:
-    """A layer whose method compresses through pure functions: what they return is copied into fixed storage."""
+    """A layer whose method compresses at every step: what its pure functions return is copied into fixed storage."""
+
+    mode = "copied back"
+    due = False
 
     def __init__(self, layer: CompressedLayer) -> None:
-        """Fix the layer's tensors."""
+        """Fix the layer's tensors; a layer that is not full yet is filled up with empty slots."""
         self.layer = layer
-        if layer.active and layer.slots.size < layer.budget:
+        if layer.slots.size < layer.budget:
             layer.slots = layer.slots.pad(layer.budget)
-        layer.slots = layer.slots.map(torch.clone)
-        state = {**layer.method.initial_state(layer.slots), **layer.slots.state}
-        layer.slots = dataclasses.replace(layer.slots, state=state)
-        self.fixed = self._tensors()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Everything of the layer that a step replaces."""
-        layer = self.layer
-        slots = layer.slots
-        named = {"keys": slots.keys, "values": slots.values, "positions": slots.positions}
-        named |= {"cardinality": slots.cardinality, "tokens": layer.row_tokens}
-        named |= {f"stats.{k}": x for k, x in slots.stats.items()} | {f"state.{k}": x for k, x in slots.state.items()}
-        return named | {f"window.{i}": x for i, x in enumerate(layer.window or ())}
+        if layer.window is not None:
+            queries, places = layer.window
+            short = layer.method.window_of(layer.budget) - places.shape[1]
+            layer.window = (pad(queries, (0, 0, short, 0)), pad(places, (short, 0), value=-1))
+        self._fixed = FixedLayer(layer)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Tensor:
         """As `_InPlace.attend`."""
-        layer = self.layer
-        layer.update(key, value)
-        out = layer.attend(layer.module(), query, None, scale, softcap)
-        for name, x in self._tensors().items():
-            self.fixed[name].copy_(x)
-        self._restore()
+        out = _run_layer(self.layer, query, key, value, scale, softcap)
+        self._fixed.copy_back()
         return out
 
-    def _restore(self) -> None:
-        """Point the layer at the fixed storage again."""
-        layer, fixed = self.layer, self.fixed
-        slots = layer.slots
-        layer.slots = Slots(
-            keys=fixed["keys"],
-            values=fixed["values"],
-            positions=fixed["positions"],
-            cardinality=fixed["cardinality"],
-            stats={k: fixed[f"stats.{k}"] for k in slots.stats},
-            state={k: fixed[f"state.{k}"] for k in slots.state},
-            dense=False,
-            ragged=slots.ragged,
-        )
-        layer.row_tokens = fixed["tokens"]
-        if layer.window is not None:
-            layer.window = (fixed["window.0"], fixed["window.1"])
+    def taken(self) -> None:
+        """A step has been taken."""
 
     def close(self) -> None:
-        """Nothing to give back: the layer holds the fixed storage as its slots."""
+        """Drop the slots, and the places of the window, that are still empty in every row."""
+        layer = self.layer
+        layer.slots = _filled(layer.slots)
+        if layer.window is not None:
+            queries, places = layer.window
+            first = int((places >= 0).any(dim=0).int().argmax())
+            layer.window = (queries[:, :, :, first:].clone(), places[:, first:].clone())
 
 
 class _Plain:
     """A layer that runs as it is, its slots growing and shrinking: not for a captured graph."""
+
+    mode = "plain"
+    due = False
 
     def __init__(self, layer: CompressedLayer) -> None:
         """Take the layer as it is."""
@@ -120,55 +160,175 @@ class _Plain:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Tensor:
         """As `_InPlace.attend`."""
-        self.layer.update(key, value)
-        return self.layer.attend(self.layer.module(), query, None, scale, softcap)
+        return _run_layer(self.layer, query, key, value, scale, softcap)
+
+    def taken(self) -> None:
+        """A step has been taken."""
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+_Held = _InPlace | _Appended | _CopiedBack | _Plain
+
+
+def _hold(layer: CompressedLayer, newest: Tensor, room: int) -> _Held:
+    """Take a layer's steps, at most `room` of them, in the way that fits it."""
+    way = _way(layer)
+    if way is _InPlace:
+        rule = layer.method.step_rule(layer.budget) if layer.active else StepRule("none")
+        return _InPlace(layer, rule, newest, room)
+    return _Appended(layer, newest, room) if way is _Appended else way(layer)
+
+
+def _way(layer: CompressedLayer) -> type[_Held]:
+    """The way in which a layer, as it is now, takes its steps."""
+    method = layer.method
+    if not layer.active:
+        return _InPlace
+    countable = _countable(method)
+    ruled = countable and method.positions != "cardinality" and _stands(method, "step_rule")
+    if ruled and method.step_rule(layer.budget) is not None:
+        return _InPlace
+    if method.shares_layers and not layer.cache().split:
+        return _Plain
+    steady = method.bounded and _stands(method, "steady") and method.steady(layer.budget)
+    if steady and (layer.slots.size >= layer.budget or not countable):
+        return _CopiedBack
+    return _Appended if countable else _Plain
+
+
+def _countable(method: Method) -> bool:
+    """Whether what the method keeps of each pass is what `static.step` adds up: attention and queries, or nothing."""
+    if method.window_of(1 << 30) > 0:
+        return False
+    own = type(method).accumulate is not Method.accumulate
+    return not method.accumulates or (not own and set(method.accumulates) <= {"mass", "count"})
+
+
+def _stands(method: Method, promise: str) -> bool:
+    """Whether a method's promise about `compress` (`step_rule`, `steady`) was made by the class that wrote it.
+
+    A subclass that compresses in its own way must not inherit the promise.
+    """
+
+    def depth(name: str) -> int:
+        """How far up the class that defines `name` is."""
+        return next(i for i, cls in enumerate(type(method).__mro__) if name in vars(cls))
+
+    return all(depth(promise) <= depth(name) for name in ("compress", "due", "accumulate", "reduce_group"))
+
+
+def _freeze(layer: CompressedLayer, rule: StepRule, newest: Tensor, room: int) -> StaticSlots:
+    """The layer's slots in fixed storage that `room` steps do not overflow."""
+    method, slots = layer.method, layer.slots
+    most = slots.size + room
+    bounded = layer.active and method.bounded
+    budget = layer.budget if bounded else most
+    return freeze_shape(
+        slots,
+        budget,
+        rule,
+        newest,
+        tuple(n for n in ("mass", "count") if n in slots.stats),
+        None if method.positions == "original" else layer.rotation,
+        room=min(most, budget),
+        by_tokens=method.positions == "cardinality",
+        biased=method.cardinality_bias,
+        counting=layer.active,
+        reduce=None if _averages(method) else method.reduce_group,
+    )
+
+
+def _averages(method: Method) -> bool:
+    """Whether one number a KV head is the mean over its group."""
+    return float(method.reduce_group(torch.tensor([1.0, 2.0, 6.0]).view(1, 1, 3, 1))) == 3.0
+
+
+def _step(
+    static: StaticSlots, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """`static.step` in the shapes the model uses, see `_InPlace.attend`."""
+    b, hq, _, d = query.shape
+    h = key.shape[1]
+    out = step(static, query.reshape(b, h, hq // h, d), key.squeeze(2), value.squeeze(2), scale, softcap)
+    return out.reshape(b, hq, 1, -1)
+
+
+def _run_layer(
+    layer: CompressedLayer, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """What the layer does in a plain forward pass, see `_InPlace.attend`."""
+    layer.update(key, value)
+    return layer.attend(layer.module(), query, None, scale, softcap)
+
+
+def _filled(slots: Slots) -> Slots:
+    """The slots without those in front that are empty in every row and head."""
+    first = int(slots.valid.any(dim=0).any(dim=0).int().argmax())
+    rest = slots.map(lambda x: x[:, :, first:].clone() if x.dim() > 2 else x)
+    return dataclasses.replace(rest, ragged=rest.ragged and not bool(rest.valid.all()))
 
 
 class Decoder:
     """Decoding steps of one model over one cache; a context manager that gives the cache back when it is left.
 
     Attributes:
-        graphed: steps are captured in a CUDA graph.
+        modes: how each compressed layer takes its steps: "in place", "appended", "copied back" or "plain".
+        graphed: steps that compress nothing on the host are captured in a CUDA graph.
+        replayed: steps that were replayed from a CUDA graph so far.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: CompressedCache, *, room: int, compile: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: CompressedCache,
+        *,
+        room: int,
+        attention_mask: Tensor | None = None,
+        compile: bool = False,
+    ) -> None:
         """Fix the storage of a cache that has read its prompt.
 
         Args:
             model: the model the cache was made for.
             cache: the cache.
             room: steps that will be taken at most; an unlimited cache reserves this many slots.
-            compile: also compile the model with `torch.compile`, which fuses what lies between its matrix products;
-                takes a minute, once a model and batch size.
+            attention_mask: `[B, L]`, 0 marks padding among the tokens read so far. Only models with sliding-window
+                layers need it again, whose steps run as a plain forward pass.
+            compile: also let `torch.compile` fuse what lies between the model's matrix products (see `compiled`); takes
+                some seconds, once a model and batch size.
 
         Raises:
-            ValueError: an empty cache, or a model with sliding-window layers.
+            ValueError: an empty cache.
         """
         layers = cache.compressed
         if any(layer.slots is None for layer in layers):
             raise ValueError("the cache is empty: read the prompt first, with kvrepro.prefill")
-        if len(layers) != len(cache.layers):
-            raise ValueError(f"{type(model).__name__} has sliding-window layers: decode with model.generate")
-        self._model = model
-        self._layers = layers
+        self._model, self._cache, self._layers = model, cache, layers
         self._room = room
         self._taken = 0
         self._seen = layers[0].seen
         self._newest = layers[0].row_tokens.clone()
         self._mask = torch.ones(self._newest.shape[0], 1, 1, 1, dtype=torch.bool, device=self._newest.device)
-        on_gpu = self._newest.is_cuda
-        self._held = [_hold(layer, self._newest, room, on_gpu) for layer in layers]
-        self.graphed = on_gpu and not any(isinstance(held, _Plain) for held in self._held)
-        self._forward = _compile(model) if compile else model.forward
-        if on_gpu and not self.graphed:
+        self._read = attention_mask
+        self._mixed = len(layers) != len(cache.layers)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = 0
+        self.replayed = 0
+        self._held = [_Plain(x) if self._mixed else _hold(x, self._newest, room) for x in layers]
+        self._compiled = functools.partial(compiled, model) if compile else nullcontext
+        if self._newest.is_cuda and not self.graphed:
             warnings.warn(
-                f"{layers[0].method.name} as it is set up here holds no constant number of slots: its steps cannot be "
-                "captured and run one by one",
+                f"{layers[0].method.name} in {type(model).__name__}, as set up here, holds no constant number of "
+                "slots: its steps cannot be captured yet and run one by one",
                 stacklevel=2,
             )
+
+    @property
+    def modes(self) -> list[str]:
+        """How each compressed layer takes its steps now."""
+        return [held.mode for held in self._held]
 
     def __enter__(self) -> Self:
         """The decoder itself."""
@@ -178,6 +338,7 @@ class Decoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the slots back to the cache, in order."""
+        self._graph = None
         for held, layer in zip(self._held, self._layers, strict=True):
             held.close()
             layer.seen = self._seen + self._taken
@@ -186,17 +347,34 @@ class Decoder:
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """One step: tokens `[B]` in, the next ones' logits `[B, V]` out. For the body of `run`."""
-        handlers = {layer.module(): held.attend for layer, held in zip(self._layers, self._held, strict=True)}
-        with redirected(handlers):
-            output = self._forward(
-                input_ids=tokens[:, None],
-                position_ids=self._newest[:, None].long(),
-                attention_mask=self._mask,
-                use_cache=False,
-                logits_to_keep=1,
-            )
+        places = self._newest[:, None].long()
+        if self._mixed:
+            output = self._plain_pass(tokens[:, None], places)
+        else:
+            handlers = {layer.module(): held.attend for layer, held in zip(self._layers, self._held, strict=True)}
+            with redirected(handlers), self._compiled():
+                output = self._model(
+                    input_ids=tokens[:, None],
+                    position_ids=places,
+                    attention_mask=self._mask,
+                    use_cache=False,
+                    logits_to_keep=1,
+                )
         self._newest += 1
         return output.logits[:, -1]
+
+    def _plain_pass(self, tokens: Tensor, places: Tensor) -> Any:
+        """The model over its cache, tokens and position ids `[B, 1]`: sliding-window layers keep their own storage."""
+        if self._read is not None:
+            self._read = pad(self._read, (0, 1), value=1)
+        return self._model(
+            input_ids=tokens,
+            position_ids=places,
+            attention_mask=self._read,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
 
     def run(
         self,
@@ -212,7 +390,7 @@ class Decoder:
             body: one step; calls `logits` once and works in place on tensors that exist before. On a GPU it is
                 captured after two calls and replayed, so it must not look at values.
             steps: how many.
-            until: asked now and then; True ends the run early.
+            until: asked now and then (on a GPU every 16 steps); True ends the run early.
             progress: called after each step.
 
         Returns:
@@ -223,42 +401,51 @@ class Decoder:
         """
         if self._taken + steps > self._room:
             raise ValueError(f"{self._taken} + {steps} steps, but room={self._room}; make the decoder with more room")
+        look = _LOOK.get(self._newest.device.type, 1)
+        self._graph, self._warm = None, 0
         taken = 0
-        graph = None
         while taken < steps:
-            if graph is None and self.graphed and taken >= _WARM_UP:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    body()
-            if graph is None:
-                body()
-            else:
-                graph.replay()
+            self._advance(body)
             taken += 1
-            self._taken += 1
             if progress is not None:
                 progress()
-            if until is not None and taken % _LOOK == 0 and until():
+            if until is not None and taken % look == 0 and until():
                 break
         return taken
 
+    @property
+    def graphed(self) -> bool:
+        """Whether steps are captured, those aside at which a layer compresses on the host."""
+        return self._newest.is_cuda and not any(isinstance(held, _Plain) for held in self._held)
 
-def _hold(layer: CompressedLayer, newest: Tensor, room: int, on_gpu: bool) -> _InPlace | _CopiedBack | _Plain:
-    """The way a layer's steps are taken."""
-    method = layer.method
-    rule = method.step_rule(layer.budget) if layer.active else StepRule("none")
-    if rule is not None and method.positions != "cardinality":
-        return _InPlace(layer, rule, newest, room)
-    if on_gpu and layer.active and method.bounded and not (method.shares_layers and not layer.cache().split):
-        return _CopiedBack(layer)
-    return _Plain(layer)
+    def _advance(self, body: Callable[[], None]) -> None:
+        """Take one step: from the graph where nothing is due, capturing it once the step has warmed up."""
+        due = any(held.due for held in self._held)
+        if not due and self._graph is None and self._warm >= _WARM_UP and self.graphed:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                body()
+        if due or self._graph is None:
+            body()
+            self._warm += not due
+        else:
+            self._graph.replay()
+            self.replayed += 1
+        self._taken += 1
+        for held in self._held:
+            held.taken()
+        if due or "plain" in self.modes:
+            self._hold_anew()
 
-
-def _compile(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model's forward, compiled once."""
-    if model not in _compiled:
-        _compiled[model] = torch.compile(model.forward, dynamic=False)
-    return _compiled[model]
+    def _hold_anew(self) -> None:
+        """Layers that have just become full, or have their budget only now, may take their steps in another way."""
+        if self._mixed:
+            return
+        for i, (held, layer) in enumerate(zip(self._held, self._layers, strict=True)):
+            thawed = isinstance(held, _Appended) and layer.static is None
+            if thawed or (isinstance(held, _Plain) and _way(layer) is not _Plain):
+                self._held[i] = _hold(layer, self._newest, self._room - self._taken)
+                self._graph, self._warm = None, 0
 
 
 @torch.no_grad()
@@ -270,7 +457,7 @@ def generate(
     *,
     attention_mask: Tensor | None = None,
     chunk: int | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     temperature: float = 0.0,
     compile: bool = False,
 ) -> Tensor:
@@ -283,56 +470,55 @@ def generate(
         max_new_tokens: tokens to write, at least 1.
         attention_mask: `[B, L]`, 0 marks padding on the left.
         chunk: tokens of the prompt read at a time (see `prefill`).
-        eos_token_id: the token that ends a row; None writes all tokens. What follows it in a row is the same token.
+        eos_token_id: the token, or any of the tokens, that ends a row; None writes all tokens. What follows it in a row
+            is the same token.
         temperature: 0 takes the likeliest token; above 0 tokens are drawn from softmax(logits / temperature) with
             PyTorch's default generator of the device.
         compile: see `Decoder`.
 
     Returns:
-        `[B, L + new]`: the prompt and what was written. The cache holds all of it but the last token.
+        `[B, L + new]`: the prompt and what was written. The cache holds all of it but the last token; where all rows
+        ended early on a GPU, up to 15 tokens more.
 
     Raises:
         ValueError: fewer than one new token, a negative temperature, or whatever `prefill` and `Decoder` refuse.
+        torch.OutOfMemoryError: with what was asked for, and what would fit.
     """
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} must be 1 or more, temperature={temperature} must not be negative"
         )
     input_ids = input_ids.to(model.device)
-    logits = prefill(model, input_ids, cache, attention_mask=attention_mask, chunk=chunk).logits[:, -1]
+    mask = None if attention_mask is None else attention_mask.to(model.device)
+    logits = prefill(model, input_ids, cache, attention_mask=mask, chunk=chunk).logits[:, -1]
     token = _pick(logits, temperature)
-    written = [token.clone()]
-    if max_new_tokens > 1:
-        written.append(_write(model, cache, token, max_new_tokens - 1, eos_token_id, temperature, compile))
-    new = torch.cat([x.view(len(token), -1) for x in written], dim=1)
-    return torch.cat([input_ids, new if eos_token_id is None else _trim(new, eos_token_id)], dim=1)
+    ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()), dtype=torch.long)
+    ends = ends.to(model.device)
+    new = token[:, None].clone()
+    if max_new_tokens > 1 and not (len(ends) and bool(torch.isin(token, ends).all())):
+        with (
+            explained(model, cache, len(token), input_ids.shape[1] + max_new_tokens, chunk),
+            Decoder(model, cache, room=max_new_tokens - 1, attention_mask=mask, compile=compile) as decoder,
+        ):
+            new = torch.cat([new, _write(decoder, token, max_new_tokens - 1, ends, temperature)], dim=1)
+    return torch.cat([input_ids, _trim(new, ends) if len(ends) else new], dim=1)
 
 
-def _write(
-    model: PreTrainedModel,
-    cache: CompressedCache,
-    token: Tensor,
-    steps: int,
-    eos_token_id: int | None,
-    temperature: float,
-    compile: bool,
-) -> Tensor:
-    """`[B, n]`: the tokens after `token` `[B]`, n <= steps."""
+def _write(decoder: Decoder, token: Tensor, steps: int, ends: Tensor, temperature: float) -> Tensor:
+    """`[B, n]`: the tokens after `token` `[B]`, n <= steps; n is less if all rows have come to one of `ends` `[e]`."""
     out = torch.zeros(len(token), steps, dtype=token.dtype, device=token.device)
     index = torch.zeros(1, dtype=torch.long, device=token.device)
-    ended = torch.zeros_like(token, dtype=torch.bool) if eos_token_id is None else token == eos_token_id
+    ended = torch.isin(token, ends)
 
-    with Decoder(model, cache, room=steps, compile=compile) as decoder:
+    def body() -> None:
+        """One token a row."""
+        token.copy_(_pick(decoder.logits(token), temperature))
+        out.index_copy_(1, index, token[:, None])
+        index.add_(1)
+        if len(ends):
+            ended.logical_or_((token[:, None] == ends).any(dim=1))
 
-        def body() -> None:
-            """One token a row."""
-            token.copy_(_pick(decoder.logits(token), temperature))
-            out.index_copy_(1, index, token[:, None])
-            index.add_(1)
-            if eos_token_id is not None:
-                ended.logical_or_(token == eos_token_id)
-
-        taken = decoder.run(body, steps, until=None if eos_token_id is None else lambda: bool(ended.all()))
+    taken = decoder.run(body, steps, until=(lambda: bool(ended.all())) if len(ends) else None)
     return out[:, :taken]
 
 
@@ -345,9 +531,10 @@ def _pick(logits: Tensor, temperature: float) -> Tensor:
     return (p / torch.empty_like(p).exponential_(1.0).clamp_min(1e-20)).argmax(dim=-1)
 
 
-def _trim(new: Tensor, eos: int) -> Tensor:
-    """Everything after a row's first `eos` becomes `eos`; columns after all rows have ended are cut off."""
-    over = (new == eos).cumsum(dim=1) > 0
+def _trim(new: Tensor, ends: Tensor) -> Tensor:
+    """After a row's first end it repeats that token; columns after all rows have ended are cut off; new `[B, n]`."""
+    over = torch.isin(new, ends).cumsum(dim=1) > 0
+    first = new.gather(1, over.int().argmax(dim=1, keepdim=True))  # of rows that end
     after = torch.cat([torch.zeros_like(over[:, :1]), over[:, :-1]], dim=1)
     length = int((~after).any(dim=0).sum())
-    return new.masked_fill(after, eos)[:, :length]
+    return torch.where(after, first, new)[:, :length]

@@ -14,9 +14,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrepro.cache import CompressedCache, GradientProbe, Pass, make_cache
+from kvrepro.fixed import RepeatedChunk, repeats
+from kvrepro.memory import explained, rows_that_fit
 
 #: AsymKV reads prompts in chunks of 512 tokens (its code).
 _GRADIENT_CHUNK = 512
+#: Chunks still to come that make it worth capturing one.
+_WORTH = 4
+#: Logits held at once while perplexity reads many tokens in one pass, in elements.
+_LOGITS = 1 << 26
 
 
 def prefill(
@@ -44,6 +50,7 @@ def prefill(
 
     Raises:
         ValueError: chunk below 1, an empty prompt, or a budget that leaves no room.
+        torch.OutOfMemoryError: with what was asked for, and what would fit.
     """
     length = input_ids.shape[1]
     if length == 0 or (chunk is not None and chunk < 1):
@@ -53,22 +60,46 @@ def prefill(
     if cache.get_seq_length() == 0:
         cache.plan(length)
     by_loss = _by_loss(cache) and cache.compressed[0].budget is not None
-    if by_loss:
-        budget = cache.compressed[0].budget
-        limit = max(1, min(_GRADIENT_CHUNK, budget // 4, budget - cache.method.sinks_of(budget) - 1))
-        chunk = limit if chunk is None else min(chunk, limit)
-    chunk = length if chunk is None else chunk
-    output = None
-    for start in range(0, length, chunk):
-        part = input_ids[:, start : start + chunk]
-        mask = None if attention_mask is None else attention_mask[:, : start + part.shape[1]]
+    size = min(length if chunk is None else chunk, _longest_pass(cache, length))
+    before = cache.get_seq_length()
+
+    def read(part: Tensor, seen: dict[str, Tensor]) -> CausalLMOutputWithPast:
+        """Read one chunk."""
         if by_loss:
-            _compress_by_loss(model, part, cache, mask)
+            _compress_by_loss(model, part, cache, seen)
         with torch.no_grad():
-            output = model(
-                input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=keep_logits
-            )
+            return model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=keep_logits, **seen)
+
+    output, graph, full = None, None, False
+    with explained(model, cache, input_ids.shape[0], length, chunk):
+        for start in range(0, length, size):
+            part = input_ids[:, start : start + size]
+            if full and graph is None and start + _WORTH * size <= length and attention_mask is None:
+                graph = RepeatedChunk(cache, lambda ids, places: read(ids, {"position_ids": places}).logits, part)
+            if graph is not None and part.shape[1] == size:
+                output = CausalLMOutputWithPast(logits=graph(part), past_key_values=cache)
+                continue
+            full = repeats(model, cache, size)
+            output = read(part, _masked(cache, attention_mask, before, start, start + part.shape[1]))
+            full = full and repeats(model, cache, size)
     return output
+
+
+def _masked(
+    cache: CompressedCache, attention_mask: Tensor | None, before: int, start: int, stop: int
+) -> dict[str, Tensor]:
+    """What the model must know of padding to read the tokens from `start` to `stop`: mask and position ids.
+
+    Padding is not counted, as in `model.generate`: decoding goes on from each row's own length. `before` tokens were
+    read by earlier calls.
+    """
+    if attention_mask is None:
+        return {}
+    counted = attention_mask[:, start:stop].long().cumsum(dim=1)
+    rows = cache.compressed[0].row_tokens
+    places = counted - 1 if rows is None else counted - 1 + rows[:, None]
+    mask = torch.nn.functional.pad(attention_mask[:, :stop], (before, 0), value=1)
+    return {"attention_mask": mask, "position_ids": places.clamp_min(0)}
 
 
 def _by_loss(cache: CompressedCache) -> bool:
@@ -76,14 +107,23 @@ def _by_loss(cache: CompressedCache) -> bool:
     return getattr(cache.method, "fisher", None) == "loss"
 
 
-def _compress_by_loss(model: PreTrainedModel, part: Tensor, cache: CompressedCache, mask: Tensor | None) -> None:
+def _longest_pass(cache: CompressedCache, length: int) -> int:
+    """The most of `length` tokens that one pass may read: all, but where the loss's gradient is asked for."""
+    budget = cache.compressed[0].budget
+    if not _by_loss(cache) or budget is None:
+        return length
+    return max(1, min(_GRADIENT_CHUNK, budget // 4, budget - cache.method.sinks_of(budget) - 1))
+
+
+def _compress_by_loss(model: PreTrainedModel, part: Tensor, cache: CompressedCache, seen: dict[str, Tensor]) -> None:
     """AsymKV: take the gradient of the chunk's loss by the cached keys, and merge the past so that the chunk fits."""
+    mask = seen.get("attention_mask")
     layers = cache.compressed
     n = part.shape[1]
     if layers[0].slots is None or layers[0].slots.size + n <= layers[0].budget or n < 2:
         return
     with _probing(cache) as probes, torch.enable_grad():
-        logits = model(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=part, past_key_values=cache, use_cache=True, **seen).logits
         target = part[:, 1:] if mask is None else part[:, 1:].masked_fill(mask[:, -n + 1 :] == 0, -100)
         loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten())
         gradients = torch.autograd.grad(loss, [probe.leaf for probe in probes])
@@ -146,7 +186,7 @@ def perplexity(
         window: tokens a window.
         stride: tokens scored a window; the paper uses window / 2.
         chunk: tokens read between compressions; 1 is exact to the token.
-        batch_size: windows read side by side; None is 16, or 128 on a GPU.
+        batch_size: windows read side by side; None is 32, or 128 on a GPU, or what memory holds.
         progress: called with the number of tokens read after each step.
         **options: the method's options.
 
@@ -158,7 +198,7 @@ def perplexity(
     """
     texts = input_ids.view(1, -1) if input_ids.dim() == 1 else input_ids
     if batch_size is None:
-        batch_size = 128 if model.device.type == "cuda" else 16
+        batch_size = _default_batch(model, make_cache(model, method, budget, **options), window)
     if not 1 <= stride < window or chunk < 1 or batch_size < 1:
         raise ValueError(f"stride={stride} must be in [1, window={window}); chunk and batch_size at least 1")
     if texts.shape[1] < window:
@@ -171,6 +211,11 @@ def perplexity(
     nll = torch.cat(scored).view(*windows.shape[:2], stride)
     positions = torch.arange(windows.shape[1])[:, None] * stride + torch.arange(window - stride, window)
     return Perplexity(float(nll.double().mean().exp()), nll, positions)
+
+
+def _default_batch(model: PreTrainedModel, cache: CompressedCache, window: int) -> int:
+    """Windows read side by side: enough that reading the weights no longer counts."""
+    return rows_that_fit(model, cache, window, 128 if model.device.type == "cuda" else 32)
 
 
 def _score(
@@ -186,8 +231,11 @@ def _score(
     width = batch.shape[1]
     first = width - scored - 1  # the first position whose prediction counts
     cache.plan(width)
-    whole = _before_compression(cache, width - 1) if chunk == 1 else 0
-    cuts = _cuts(first, whole, whole) if chunk == 1 else _cuts(first, width - 1, chunk)
+    whole = _before_compression(cache, width - 1) if chunk == 1 else width - 1
+    if chunk == 1:
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        chunk = max(1, _LOGITS // (len(batch) * vocabulary))
+    cuts = _cuts(first, whole, min(chunk, _longest_pass(cache, width)))
     nll = []
     for start, stop in cuts:
         counts = start >= first
@@ -196,7 +244,7 @@ def _score(
             nll.append(_nll(logits, batch[:, start + 1 : stop + 1]))
         if progress is not None:
             progress((stop - start) * batch.shape[0])
-    if 0 < whole < width - 1:
+    if whole < width - 1:
         steps = _step_through(model, batch[:, whole:], cache, progress)
         nll.append(steps[:, max(0, first - whole) :])
     return torch.cat(nll, dim=1).cpu()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvrepro import kernels
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -26,6 +28,10 @@ class Rotation:
 
     inv_freq: Tensor
 
+    def covers(self, head_dim: int) -> bool:
+        """Whether all dimensions of a head are rotated, as the kernels take it."""
+        return 2 * self.inv_freq.numel() == head_dim
+
     def rotate(self, keys: Tensor, shift: Tensor) -> Tensor:
         """Move keys by `shift` positions.
 
@@ -36,6 +42,10 @@ class Rotation:
         Returns:
             `[B, H, S, d]` in the dtype of `keys`.
         """
+        if self.covers(keys.shape[-1]) and kernels.covers(keys):
+            from kvrepro.kernels import rotation
+
+            return rotation.rotate(keys, shift, self.inv_freq)
         wide = torch.promote_types(keys.dtype, torch.float32)
         angle = shift.to(wide).unsqueeze(-1) * self.inv_freq.to(keys.device, wide)  # [B, H, S, d_rot / 2]
         half = angle.shape[-1]

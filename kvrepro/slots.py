@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kvrepro import kernels
+
 _MASK32 = 0xFFFFFFFF
 
 
@@ -116,7 +118,34 @@ def add_at(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
     return x.scatter_add(2, index, source)
 
 
-def compact(slots: Slots, keep: Tensor, size: int) -> Slots:
+def partition(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the unmarked slots before the marked ones, both in order.
+
+    Args:
+        keep: `[B, H, S]` bool.
+
+    Returns:
+        The slot at each place, and the place of each slot, `[B, H, S]` int64 both.
+    """
+    if _has_kernel(keep):
+        from kvrepro.kernels import merging
+
+        return merging.partition(keep)
+    marked = keep.cumsum(dim=2)
+    index = torch.arange(keep.shape[2], device=keep.device).expand_as(marked)
+    place = torch.where(keep, keep.shape[2] - marked[..., -1:] + marked - 1, index - marked)
+    return torch.empty_like(place).scatter_(2, place, index), place
+
+
+def compact(
+    slots: Slots,
+    keep: Tensor,
+    size: int,
+    *,
+    order: Tensor | None = None,
+    content: tuple[Tensor, Tensor] | None = None,
+    whole: bool = False,
+) -> Slots:
     """Keep the marked slots, in order.
 
     Args:
@@ -124,28 +153,34 @@ def compact(slots: Slots, keep: Tensor, size: int) -> Slots:
         keep: `[B, H_kv, S]` bool; at most `size` a head.
         size: slots a head afterwards. Heads that keep fewer get empty slots in front; unless that is because they
             hold fewer, the caller must set `ragged`.
+        order: `[B, H_kv, S]` int64, the first result of `partition(keep & slots.valid)` where it is known already.
+        content: keys and values of the slots that are left, `[B, H_kv, size, d]`, where they are not those they had.
+        whole: it is known that every head keeps `size` filled slots.
 
     Returns:
         Slots of length `size`.
     """
-    keep = keep & slots.valid
-    order = keep.to(torch.int8).argsort(dim=2, stable=True)[..., -size:]
-    kept = keep.gather(2, order)
+    keep = keep if whole else keep & slots.valid
+    order = (partition(keep)[0] if order is None else order)[..., -size:]
+    empty = None if whole else ~keep.gather(2, order)
+    keys, values = (take(slots.keys, order), take(slots.values, order)) if content is None else content
     return Slots(
-        keys=take(slots.keys, order),
-        values=take(slots.values, order),
-        positions=slots.positions.gather(2, order).masked_fill(~kept, -1),
-        cardinality=slots.cardinality.gather(2, order).masked_fill(~kept, 0),
-        stats={k: _blank(take(v, order), ~kept) for k, v in slots.stats.items()},
+        keys=keys,
+        values=values,
+        positions=_blank(slots.positions.gather(2, order), empty, -1),
+        cardinality=_blank(slots.cardinality.gather(2, order), empty),
+        stats={k: _blank(take(v, order), empty) for k, v in slots.stats.items()},
         state=slots.state,
         dense=False,
         ragged=slots.ragged,
     )
 
 
-def _blank(x: Tensor, empty: Tensor) -> Tensor:
-    """`x` `[B, H, S]` or `[B, H, S, d]` with zeros where `empty` `[B, H, S]`."""
-    return x.masked_fill(empty if x.dim() == 3 else empty.unsqueeze(-1), 0)
+def _blank(x: Tensor, empty: Tensor | None, fill: int = 0) -> Tensor:
+    """`x` `[B, H, S]` or `[B, H, S, d]` with `fill` where `empty` `[B, H, S]`; None says that nothing is."""
+    if empty is None:
+        return x
+    return x.masked_fill(empty if x.dim() == 3 else empty.unsqueeze(-1), fill)
 
 
 def rank(slots: Slots) -> Tensor:
@@ -155,6 +190,9 @@ def rank(slots: Slots) -> Tensor:
 
 def protected(slots: Slots, sinks: int, recent: int) -> Tensor:
     """`[B, H_kv, S]` bool: the first `sinks` and the last `recent` filled slots of each head."""
+    if not slots.ragged:
+        index = torch.arange(slots.size, device=slots.keys.device)
+        return ((index < sinks) | (index >= slots.size - recent)).expand(slots.positions.shape)
     place = rank(slots)
     count = slots.valid.sum(dim=2, keepdim=True)
     return slots.valid & ((place < sinks) | (place >= count - recent))
@@ -171,6 +209,10 @@ def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
     Returns:
         `[B, H, S]` bool.
     """
+    if _has_kernel(score):
+        from kvrepro.kernels import merging
+
+        return merging.top(score, candidates, count)
     score = score.masked_fill(~candidates, -torch.inf)
     # Stable ascending order: among equal scores the later slot comes last, so it is the one that is kept.
     order = score.argsort(dim=2, stable=True)
@@ -194,6 +236,8 @@ def select(slots: Slots, score: Tensor, budget: int, sinks: int, recent: int) ->
         `[B, H_kv, S]` bool with at most `budget` marks a head.
     """
     safe = protected(slots, sinks, recent)
+    if not slots.ragged:
+        return safe | top(score, ~safe, budget - min(slots.size, sinks + recent))
     free = budget - safe.sum(dim=2, keepdim=True)
     return safe | top(score, slots.valid & ~safe, free)
 
@@ -224,6 +268,49 @@ def weighted_join(x: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     members = torch.zeros_like(weights).scatter_add(2, target, (weights > 0).to(weights.dtype))
     joined = ((members > 1) & (total > 0)).unsqueeze(-1)
     return torch.where(joined, (mixed / total.unsqueeze(-1).clamp_min(_tiny(total))).to(x.dtype), x)
+
+
+def mix(
+    slots: Slots,
+    target: Tensor,
+    weights: tuple[Tensor, Tensor],
+    size: int,
+    *,
+    runs: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums of the keys and values that go to each place of a new, smaller cache.
+
+    Args:
+        slots: `S` slots a head.
+        target: `[B, H_kv, S]` int64, the place each slot goes to; `size` for those that go nowhere. The places that
+            get something are consecutive; where `slots` is not ragged, all do.
+        weights: `[B, H_kv, S]` each, a slot's weight in the sum of keys and in that of values.
+        size: number of places.
+        runs: what goes to one place is a run of slots, and the places follow the runs' order.
+
+    Returns:
+        Keys `[B, H_kv, size, d]` and values `[B, H_kv, size, d_v]` in their types.
+    """
+    wide = _wide(slots.keys)
+    key_weight, value_weight = (weight.to(wide) for weight in weights)
+    if kernels.covers(slots.keys, slots.values):
+        from kvrepro.kernels import merging
+
+        return merging.mix(
+            slots.keys, slots.values, target, key_weight, value_weight, size, runs=runs, whole=not slots.ragged
+        )
+
+    def sums(x: Tensor, weight: Tensor) -> Tensor:
+        """`[B, H, size, d]`; what goes nowhere is summed behind the last place and dropped."""
+        total = x.new_zeros((*x.shape[:2], size + 1, x.shape[3]), dtype=wide)
+        return add_at(total, target, weight.unsqueeze(-1) * x)[:, :, :size].to(x.dtype)
+
+    return sums(slots.keys, key_weight), sums(slots.values, value_weight)
+
+
+def total_at(x: Tensor, target: Tensor, size: int) -> Tensor:
+    """`[B, H, size + 1]`: sums of `x` `[B, H, S]` at `target`; the last one is what goes nowhere (see `mix`)."""
+    return x.new_zeros((*x.shape[:2], size + 1)).scatter_add_(2, target, x)
 
 
 def join_right(slots: Slots, keep: Tensor, weights: Tensor) -> Slots:
@@ -258,6 +345,10 @@ def greedy_pairs(score: Tensor) -> Tensor:
         `[..., P]` bool.
     """
     size = score.shape[-1]
+    if size and score.dtype == torch.float32 and _has_kernel(score):
+        from kvrepro.kernels import pairs
+
+        return pairs.greedy(score)
     index = torch.arange(size, device=score.device)
     left_first = torch.zeros_like(score, dtype=torch.bool)
     left_first[..., 1:] = score[..., :-1] <= score[..., 1:]
@@ -295,6 +386,12 @@ def _mix(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
     return x ^ (x >> 16)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether the kernels take a vector `[B, H, S]`: marks, or scores of a type they know."""
+    dtype = x.dtype if x.is_floating_point() else torch.float32
+    return kernels.covers(x.new_empty((0, kernels.HEAD_DIMS[0]), dtype=dtype))  # it asks about heads
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -3,12 +3,16 @@
 While decoding, one token comes and one slot goes. The storage has one slot more than the budget: the new token is
 written into the free one, the queries attend to all, and the slot that leaves becomes the free one. Slots are in no
 order; each one's `place` says where it stands in time. No shape depends on the data and nothing is allocated anew, so
-that a whole decoding step can be captured in a CUDA graph.
+that a whole decoding step can be captured in a CUDA graph. With the rule "none" no slot leaves: tokens are appended
+until the storage is full, and whoever made it takes the slots out (`thaw`), compresses, and puts them back (`refill`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,21 +28,28 @@ class StaticSlots:
     """One layer's slots in fixed storage.
 
     Attributes:
-        keys: `[B, H_kv, S, d]`, as the model rotated them; S is the budget + 1.
+        keys: `[B, H_kv, S, d]`, as the model rotated them; S is the most slots a head will hold, and one more.
         values: `[B, H_kv, S, d]`.
         positions: `[B, H_kv, S]` int32, the token's index in its row's text.
         cardinality: `[B, H_kv, S]` int32, tokens the slot stands for.
-        place: `[B, H_kv, S]` int32, the slot's rank in time among the filled ones.
+        place: `[B, H_kv, S]` int32, the slot's rank in time among the filled ones. Where slots stand at the running sum
+            of cardinalities (rule "none" only), it is `filled` less the tokens of all later slots.
         mass: `[B, H_kv, S]` float32, attention received so far (where the rule asks for it, else empty).
         count: `[B, H_kv, S]` float32, queries that saw the slot (likewise).
         free: `[B, H_kv]` int32, the slot the next token is written into.
         filled: `[B, H_kv]` int32, slots in use; they are the first ones until the budget is reached.
         newest: `[B]` int32, position of the token that comes next.
+        done: `[B, H_kv]` int32, 0 between steps: where the kernel's programs count themselves.
         frequencies: `[d / 2]` float32, the model's rotary frequencies; empty where keys stay where they were.
         rule: how a slot is let go.
         budget: slots a head may hold.
         names: the side vectors the method keeps.
         turns: keys are turned to in-cache positions when they are read.
+        biased: a slot's logit is raised by log(cardinality).
+        counting: attention is added to mass and count.
+        reduce: `[B, H_kv, G, S]` attention -> `[B, H_kv, S]`; None is the mean over the group, all the kernel knows.
+        state: side values of the method, kept for `thaw`.
+        dense: as in `Slots`, while nothing has left.
     """
 
     keys: Tensor
@@ -51,75 +62,122 @@ class StaticSlots:
     free: Tensor
     filled: Tensor
     newest: Tensor
+    done: Tensor
     frequencies: Tensor
     rule: StepRule
     budget: int
     names: tuple[str, ...]
     turns: bool
+    biased: bool = False
+    counting: bool = True
+    reduce: Callable[[Tensor], Tensor] | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    dense: bool = False
 
     @property
     def size(self) -> int:
-        """Slots of the storage: budget + 1."""
+        """Slots of the storage."""
         return self.keys.shape[2]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storage, side vectors included."""
-        return sum(x.numel() * x.element_size() for x in vars(self).values() if isinstance(x, Tensor))
+        tensors = (*(x for x in vars(self).values() if isinstance(x, Tensor)), *self.state.values())
+        return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def freeze_shape(
-    slots: Slots, budget: int, rule: StepRule, newest: Tensor, names: tuple[str, ...], rotation: Rotation | None
+    slots: Slots,
+    budget: int,
+    rule: StepRule,
+    newest: Tensor,
+    names: tuple[str, ...],
+    rotation: Rotation | None,
+    *,
+    room: int | None = None,
+    by_tokens: bool = False,
+    biased: bool = False,
+    counting: bool = True,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> StaticSlots:
     """Move slots into fixed storage.
 
     Args:
-        slots: at most `budget` slots a head.
+        slots: at most `room` slots a head.
         budget: slots a head may hold.
         rule: how a slot is let go.
         newest: `[B]` int32, position of the next token of each row; shared by all layers and advanced by the caller.
         names: side vectors the method keeps ("mass", "count").
         rotation: the model's rotation if keys are read at in-cache positions, else None.
+        room: the most slots a head will hold; None is the budget.
+        by_tokens: in-cache positions count tokens, not slots; for the rule "none".
+        biased: see `StaticSlots`.
+        counting: see `StaticSlots`.
+        reduce: see `StaticSlots`.
 
     Returns:
-        Storage of `budget + 1` slots, the filled ones first, in order.
+        Storage of `room + 1` slots, the filled ones first, in order.
     """
-    b, h, size, _ = slots.keys.shape
+    room = budget if room is None else room
     order = slots.valid.to(torch.int8).argsort(dim=2, descending=True, stable=True)
     filled = slots.valid.sum(dim=2).to(torch.int32)
-    floats = torch.float32
-
-    def widen(x: Tensor, fill: int = 0) -> Tensor:
-        """The slots in order, in storage of budget + 1."""
-        wide = x.new_full((b, h, budget + 1, *x.shape[3:]), fill)
-        wide[:, :, :size] = take(x, order)
-        return wide
-
-    def side(name: str) -> Tensor:
-        """A side vector, or nothing."""
-        if name not in names:
-            return torch.empty(0, dtype=floats, device=filled.device)
-        return widen(slots.stats.get(name, torch.zeros_like(slots.positions, dtype=floats)))
-
-    place = torch.arange(budget + 1, dtype=torch.int32, device=filled.device).expand(b, h, -1).contiguous()
+    cardinality = _widen(slots.cardinality, order, room)
     turns = rotation is not None
+    nothing = torch.empty(0, dtype=torch.float32, device=filled.device)
+    zeros = torch.zeros_like(slots.positions, dtype=torch.float32)
+    sides = {n: _widen(slots.stats.get(n, zeros), order, room) if n in names else nothing for n in ("mass", "count")}
     return StaticSlots(
-        keys=widen(slots.keys),
-        values=widen(slots.values),
-        positions=widen(slots.positions, -1),
-        cardinality=widen(slots.cardinality),
-        place=place,
-        mass=side("mass"),
-        count=side("count"),
+        keys=_widen(slots.keys, order, room),
+        values=_widen(slots.values, order, room),
+        positions=_widen(slots.positions, order, room, -1),
+        cardinality=cardinality,
+        place=_places(cardinality, filled, by_tokens),
+        **sides,
         free=filled.clone(),
         filled=filled,
         newest=newest,
-        frequencies=rotation.inv_freq.to(filled.device, floats) if turns else torch.empty(0, device=filled.device),
+        done=torch.zeros_like(filled),
+        frequencies=rotation.inv_freq.to(filled.device, torch.float32) if turns else nothing,
         rule=rule,
         budget=budget,
         names=names,
         turns=turns,
+        biased=biased,
+        counting=counting,
+        reduce=reduce,
+        state=slots.state,
+        dense=slots.dense and rule.score == "none",
     )
+
+
+def refill(static: StaticSlots, slots: Slots, *, by_tokens: bool) -> None:
+    """Put slots that were thawed and compressed back into the same storage; what points to it stays valid."""
+    order = slots.valid.to(torch.int8).argsort(dim=2, descending=True, stable=True)
+    room = static.size - 1
+    static.filled.copy_(slots.valid.sum(dim=2))
+    static.free.copy_(static.filled)
+    for name, fill in (("keys", 0), ("values", 0), ("positions", -1), ("cardinality", 0)):
+        getattr(static, name).copy_(_widen(getattr(slots, name), order, room, fill))
+    for name in static.names:
+        getattr(static, name).copy_(_widen(slots.stats[name], order, room))
+    static.place.copy_(_places(static.cardinality, static.filled, by_tokens))
+    static.state, static.dense = slots.state, slots.dense
+
+
+def _widen(x: Tensor, order: Tensor, room: int, fill: int = 0) -> Tensor:
+    """Slots `[B, H, S(, d)]` in `order` `[B, H, S]`, in storage of `room + 1` slots."""
+    wide = x.new_full((*x.shape[:2], room + 1, *x.shape[3:]), fill)
+    wide[:, :, : x.shape[2]] = take(x, order)
+    return wide
+
+
+def _places(cardinality: Tensor, filled: Tensor, by_tokens: bool) -> Tensor:
+    """`[B, H, S]` int32: see `StaticSlots.place`; the slots are in order."""
+    if not by_tokens:
+        count = torch.arange(cardinality.shape[2], dtype=torch.int32, device=filled.device)
+        return count.expand(cardinality.shape).contiguous()
+    tokens = cardinality.cumsum(dim=2, dtype=torch.int32)
+    return filled.unsqueeze(-1) - 1 - (tokens[..., -1:] - tokens)
 
 
 def thaw(static: StaticSlots) -> Slots:
@@ -136,7 +194,8 @@ def thaw(static: StaticSlots) -> Slots:
         positions=static.positions.gather(2, order).masked_fill(~kept, -1),
         cardinality=static.cardinality.gather(2, order).masked_fill(~kept, 0),
         stats=sides,
-        dense=False,
+        state=static.state,
+        dense=static.dense,
         ragged=not bool(kept.all()),
     )
 
@@ -157,12 +216,32 @@ def step(
     Returns:
         `[B, H_kv, G, d]`, the attention output.
     """
-    half_turn = not static.turns or 2 * static.frequencies.numel() == queries.shape[-1]
-    if queries.shape[-1] >= 32 and half_turn and kernels.covers(queries, keys, values):
+    if kernels.covers(queries, keys, values) and not _beyond(static):
         from kvrepro.kernels import decode
 
         return decode.step(static, queries, keys, values, scale, softcap)
     return step_reference(static, queries, keys, values, scale, softcap)
+
+
+def _beyond(static: StaticSlots) -> bool:
+    """Whether the decoding kernel does not take these slots; says so once."""
+    d, d_v = static.keys.shape[-1], static.values.shape[-1]
+    reasons = {
+        f"heads of {d} dimensions": d < 32,
+        f"keys of {d} dimensions with values of {d_v}": d != d_v,
+        "a rotary embedding of a part of the head": static.turns and 2 * static.frequencies.numel() != d,
+        "attention reduced over a group otherwise than by its mean": static.counting and static.reduce is not None,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        _say(found[0])
+    return bool(found)
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    """Warn, once."""
+    warnings.warn(f"the decoding kernel does not take {reason}: PyTorch code is used, slower", stacklevel=4)
 
 
 def step_reference(
@@ -175,11 +254,13 @@ def step_reference(
     logits = queries.to(wide) @ _read_keys(static, valid).to(wide).transpose(2, 3) * scale  # [B, H, G, S]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if static.biased:
+        logits = logits + static.cardinality.to(wide).log().unsqueeze(2)
     p = torch.softmax(logits.masked_fill(~valid.unsqueeze(2), -torch.inf), dim=-1)
     out = p.to(values.dtype) @ static.values
-    if static.mass.numel():
-        static.mass += p.mean(dim=2).float()
-    if static.count.numel():
+    if static.counting and static.mass.numel():
+        static.mass += (p.mean(dim=2) if static.reduce is None else static.reduce(p)).float()
+    if static.counting and static.count.numel():
         static.count += valid
     _settle(static, valid)
     return out.to(queries.dtype)
@@ -209,8 +290,12 @@ def _read_keys(static: StaticSlots, valid: Tensor) -> Tensor:
 
 def _settle(static: StaticSlots, valid: Tensor) -> None:
     """Let one slot of each full head go; its value joins the right neighbour's where the rule merges."""
-    rule, filled = static.rule, static.filled.unsqueeze(-1)
-    full = (filled >= static.budget) & (rule.score != "none")  # [B, H, 1]
+    rule = static.rule
+    if rule.score == "none" or static.size <= static.budget:  # no head can be full
+        static.filled += 1
+        static.free.copy_(static.filled)
+        return
+    full = (static.filled >= static.budget).unsqueeze(-1)  # [B, H, 1]
     leaves = _leaving(static, valid)  # [B, H, 1]: the place of the slot that leaves
     victim = (static.place == leaves).to(torch.int8).argmax(dim=2, keepdim=True)
     if rule.merge:
@@ -224,7 +309,7 @@ def _settle(static: StaticSlots, valid: Tensor) -> None:
 def _leaving(static: StaticSlots, valid: Tensor) -> Tensor:
     """`[B, H_kv, 1]` int32: the place of the slot with the lowest score; of equal ones the earliest."""
     rule = static.rule
-    if rule.score in ("none", "age"):
+    if rule.score == "age":
         return torch.full_like(static.free, rule.sinks).unsqueeze(-1)
     score = static.mass if rule.score == "mass" else static.mass / static.count.clamp_min(1.0)
     candidate = valid & (static.place >= rule.sinks) & (static.place <= static.filled.unsqueeze(-1) - rule.recent)

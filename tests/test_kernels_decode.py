@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from kvrepro import static
+from kvrepro.attention import Step
 from kvrepro.methods.base import StepRule
 from kvrepro.rope import Rotation
 from kvrepro.slots import Slots
@@ -23,10 +25,23 @@ RULES = {
     "evicting": StepRule("mean", sinks=1, recent=4),
     "weightedkv": StepRule("mean", merge=True, sinks=1, recent=4),
 }
+#: Rules and what else the kernel does with the slots: raise logits by log(cardinality), positions by tokens, counting.
+APPENDING = {
+    "biased": {"biased": True},
+    "by tokens": {"biased": True, "by_tokens": True},
+    "frozen": {"biased": True, "by_tokens": True, "counting": False},
+}
 
 
 def storage(
-    rule: StepRule, *, b: int = 2, h: int = 2, d: int = 64, budget: int = 21, filled: tuple[int, ...] = (21, 18)
+    rule: StepRule,
+    *,
+    b: int = 2,
+    h: int = 2,
+    d: int = 64,
+    budget: int = 21,
+    filled: tuple[int, ...] = (21, 18),
+    **more: Any,
 ) -> static.StaticSlots:
     """Fixed storage whose rows hold `filled` slots with holes in their positions, in float64."""
     size = max(filled)
@@ -45,7 +60,7 @@ def storage(
     newest = torch.full((b,), 3 * size + 7, dtype=torch.int32)
     if rule.score == "none":
         budget += 40
-    return static.freeze_shape(slots, budget, rule, newest, ("mass", "count"), rotation)
+    return static.freeze_shape(slots, budget, rule, newest, ("mass", "count"), rotation, **more)
 
 
 def cast(slots: static.StaticSlots, dtype: torch.dtype) -> static.StaticSlots:
@@ -87,14 +102,65 @@ def test_kernel_keeps_the_same_slots_as_its_twin(name: str, turns: bool) -> None
         torch.testing.assert_close(a.stats["mass"], b.stats["mass"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize(("d", "group", "size"), [(64, 1, 21), (128, 4, 70), (256, 8, 33), (32, 3, 130)])
+@pytest.mark.parametrize("case", APPENDING)
+def test_appending_with_bias_and_positions_by_tokens(case: str, softcap: float | None) -> None:
+    """Slots between two compressions: cardinality in logits and positions, attention counted or left alone."""
+    torch.manual_seed(7)
+    exact = storage(RULES["full"], **APPENDING[case])
+    ours, twin = cast(exact, torch.float32), cast(exact, torch.float32)
+    for _ in range(6):
+        new = [x.float() for x in tokens(exact, 5)]
+        got, want = (f(x, *new, 0.125, softcap) for f, x in ((decode.step, ours), (static.step_reference, twin)))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        ours.newest += 1
+        twin.newest += 1
+    assert torch.equal(ours.filled, exact.filled + 6) and torch.equal(ours.free, ours.filled)
+    a, b = static.thaw(ours), static.thaw(twin)
+    assert torch.equal(a.positions, b.positions) and torch.equal(a.cardinality, b.cardinality)
+    torch.testing.assert_close(a.stats, b.stats, rtol=1e-4, atol=1e-5)
+    old = torch.arange(ours.size) < exact.filled.unsqueeze(-1)
+    seen = torch.zeros(()) if case == "frozen" else torch.full((), 6.0)
+    torch.testing.assert_close((ours.count - exact.count)[old], seen.expand(int(old.sum())))
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_in_cache_positions_are_those_of_the_plain_pass(by_tokens: bool) -> None:
+    """The twin turns keys by what `Step.shift` says, for slots before and after a refill."""
+    torch.manual_seed(3)
+    fixed = storage(RULES["full"], by_tokens=by_tokens)
+    for _ in range(2):
+        for _ in range(3):
+            static.step_reference(fixed, *tokens(fixed, 2), 0.125, None)
+            fixed.newest += 1
+        slots = static.thaw(fixed)
+        plain = Step(
+            queries=torch.empty(0), query_positions=fixed.newest[:, None], scale=1.0,
+            positions="cardinality" if by_tokens else "cache",
+        )  # fmt: skip
+        new = Slots(
+            keys=torch.zeros(2, 2, 1, 64, dtype=torch.float64),
+            values=torch.zeros(2, 2, 1, 64, dtype=torch.float64),
+            positions=fixed.newest[:, None, None].expand(2, 2, 1),
+            cardinality=torch.ones(2, 2, 1, dtype=torch.int32),
+        )
+        want = plain.shift(slots.append(new))[..., :-1]
+        place = fixed.newest[:, None, None] - (fixed.filled.unsqueeze(-1) - fixed.place) - fixed.positions
+        inside = torch.arange(fixed.size) < fixed.filled.unsqueeze(-1)
+        assert torch.equal(place[inside], want[slots.valid].int())
+        keep = slots.map(lambda x: x[:, :, 5:] if x.dim() > 2 else x)
+        static.refill(fixed, keep, by_tokens=by_tokens)
+        assert torch.equal(static.thaw(fixed).positions, keep.positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize(("softcap", "biased"), [(None, False), (2.0, False), (2.0, True)])
+@pytest.mark.parametrize(("d", "group", "size"), [(64, 1, 21), (64, 2, 40), (128, 4, 70), (256, 8, 33), (32, 3, 130)])
 def test_error_is_at_most_twice_the_twins(
-    d: int, group: int, size: int, softcap: float | None, dtype: torch.dtype
+    d: int, group: int, size: int, softcap: float | None, biased: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(d + size)
-    exact = storage(RULES["weightedkv"], d=d, budget=size, filled=(size, size - 3))
+    exact = storage(RULES["weightedkv"], d=d, budget=size, filled=(size, size - 3), biased=biased)
     new = tokens(exact, group)
     scale = d**-0.5
     low = cast(exact, dtype)

@@ -23,8 +23,11 @@ _said: set[str] = set()
 
 
 def covers(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors, `[..., d]` of one head size each; a GPU they don't cover is said once."""
-    if tensors[0].device.type != "cuda":
+    """Whether the kernels take these tensors, `[..., d]` of one head size; what they don't take of a GPU is said once.
+
+    Where a gradient will be taken, PyTorch's code runs as well: the kernels have none.
+    """
+    if tensors[0].device.type != "cuda" or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return False
     reason = _why_not(tensors)
     if reason and reason not in _said:
@@ -38,10 +41,10 @@ def _why_not(tensors: tuple[Tensor, ...]) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "any input because Triton is not installed"
     for x in tensors:
-        if x.requires_grad and torch.is_grad_enabled():
-            return "tensors that need a gradient"
         if x.dtype not in DTYPES:
             return f"the type {x.dtype}"
         if x.shape[-1] not in HEAD_DIMS:
             return f"heads of {x.shape[-1]} dimensions (they take {', '.join(map(str, HEAD_DIMS))})"
+    if len({x.shape[-1] for x in tensors}) > 1:
+        return "keys and values of different head sizes"
     return None

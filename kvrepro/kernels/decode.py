@@ -2,8 +2,10 @@
 
 Two launches. `_attend` walks over the slots in splits (flash decoding): it writes the new token into the free slot,
 turns keys to their in-cache positions, and leaves each split's partial output and, where the method asks for attention,
-the logits. `_settle` joins the splits; beside that, one program a KV head adds the probabilities to the slots' sums,
-finds the slot that leaves and merges its value into its right neighbour. The twin is `static.step_reference`.
+the logits. `_settle` joins the splits; beside that, other programs add the probabilities to the slots' sums, and the
+last of a KV head finds the slot that leaves and merges its value into its right neighbour.
+
+The twin is `static.step_reference`.
 """
 
 from __future__ import annotations
@@ -15,23 +17,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvrepro.kernels.rotation import cos_sin
+
 if TYPE_CHECKING:
     from kvrepro.static import StaticSlots
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 #: How a slot's score is formed; the lowest leaves.
 SCORES = {"none": 0, "age": 1, "mass": 2, "mean": 3}
-#: Slots a tile of `_attend` holds, slots a tile of `_settle` holds, most splits a head is cut into, warps.
-CONFIG = {"tile": 64, "settle_tile": 1024, "splits": 64, "attend_warps": 4, "settle_warps": 8, "stages": 3}
+#: Slots a tile of `_attend` holds, slots counted and slots scanned at a time by `_settle`, most splits a head is cut
+#: into, warps, stages of the pipeline.
+CONFIG = {
+    "tile": 64,
+    "settle_tile": 512,
+    "scan_tile": 4096,
+    "splits": 64,
+    "attend_warps": 4,
+    "settle_warps": 4,
+    "stages": 3,
+}
 
 
 @triton.jit
 def _attend(
-    q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, pos_ptr, place_ptr, free_ptr, filled_ptr, newest_ptr, freq_ptr,
-    logit_ptr, acc_ptr, max_ptr, sum_ptr,
+    q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, pos_ptr, place_ptr, card_ptr, free_ptr, filled_ptr, newest_ptr,
+    freq_ptr, logit_ptr, acc_ptr, max_ptr, sum_ptr,
     q_b, q_h, new_k_b, new_k_h, new_v_b, new_v_h, heads, size, span, scale, softcap,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr,
-    STATS: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    STATS: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of one KV head: grid (B * H_kv, splits)."""
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -72,7 +85,7 @@ def _attend(
             shift = tl.where(valid & (is_new == 0), newest - (filled - place) - position, 0)
             if tl.max(tl.abs(shift), 0) > 0:
                 angle = shift.to(tl.float32)[:, None] * freq[None, :]
-                cos, sin = tl.cos(angle), tl.sin(angle)
+                cos, sin = cos_sin(angle)
                 turned = k_low.to(tl.float32) * cos - k_high.to(tl.float32) * sin
                 k_high = (k_high.to(tl.float32) * cos + k_low.to(tl.float32) * sin).to(k_high.dtype)
                 k_low = turned.to(k_low.dtype)
@@ -82,7 +95,11 @@ def _attend(
             ratio = tl.exp2(-2.0 * tl.abs(logit) / softcap * _LOG2E)
             tanh = (1.0 - ratio) / (1.0 + ratio)
             logit = softcap * tl.where(logit < 0, -tanh, tanh)
-        logit = tl.where(valid[None, :], logit * _LOG2E, -float("inf"))
+        logit *= _LOG2E
+        if BIASED:
+            tokens = tl.load(card_ptr + row, mask=valid & (is_new == 0), other=1)
+            logit += tl.log2(tokens.to(tl.float32))[None, :]
+        logit = tl.where(valid[None, :], logit, -float("inf"))
         if STATS:
             out_row = (head * G + group) * size
             tl.store(logit_ptr + out_row[:, None] + slot[None, :], logit, mask=(group[:, None] < G) & inside[None, :])
@@ -105,96 +122,144 @@ def _attend(
 
 
 @triton.jit
+def _join(
+    out_ptr, acc_ptr, max_ptr, sum_ptr, head, role, splits, G: tl.constexpr, D: tl.constexpr, SP: tl.constexpr
+):  # fmt: skip
+    """The output of one query head from its splits."""
+    part, dim = tl.arange(0, SP), tl.arange(0, D)
+    index = (head * splits + part) * G + role
+    best = tl.load(max_ptr + index, mask=part < splits, other=-float("inf"))
+    weight = tl.exp2(best - tl.max(best, 0))
+    total = tl.sum(weight * tl.load(sum_ptr + index, mask=part < splits, other=0.0), 0)
+    acc = tl.load(acc_ptr + index[:, None] * D + dim[None, :], mask=part[:, None] < splits, other=0.0)
+    out = tl.sum(weight[:, None] * acc, 0) / total
+    tl.store(out_ptr + (head * G + role) * D + dim, out.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _count(
+    logit_ptr, max_ptr, sum_ptr, place_ptr, mass_ptr, count_ptr, low_ptr, where_ptr, at_ptr,
+    head, piece, pieces, free, filled, size, sinks, recent, splits,
+    G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, SCORE: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Add this step's attention to a block of slots, and note the one with the lowest score among them."""
+    part, group = tl.arange(0, SP), tl.arange(0, GP)
+    index = (head * splits + part[:, None]) * G + group[None, :]
+    known = (part[:, None] < splits) & (group[None, :] < G)
+    best = tl.load(max_ptr + index, mask=known, other=-float("inf"))
+    top = tl.where(group < G, tl.max(best, 0), 0.0)
+    sums = tl.load(sum_ptr + index, mask=known, other=0.0)
+    lse = top + tl.log2(tl.where(group < G, tl.sum(tl.exp2(best - top[None, :]) * sums, 0), 1.0))
+    first = head * size
+    slot = piece * BLOCK + tl.arange(0, BLOCK)
+    valid = (slot < size) & (slot <= filled)
+    old = valid & (slot != free)
+    logit = tl.load(
+        logit_ptr + (head * G + group)[:, None] * size + slot[None, :],
+        mask=(group[:, None] < G) & valid[None, :], other=-float("inf"),
+    )  # fmt: skip
+    seen = tl.sum(tl.exp2(logit - lse[:, None]), 0) / G
+    mass = tl.load(mass_ptr + first + slot, mask=old, other=0.0) + seen
+    tl.store(mass_ptr + first + slot, mass, mask=valid)
+    score = mass
+    if COUNT:
+        count = tl.load(count_ptr + first + slot, mask=old, other=0.0) + 1.0
+        tl.store(count_ptr + first + slot, count, mask=valid)
+        if SCORE == 3:
+            score = mass / count
+    if SCORE > 1:
+        place = tl.load(place_ptr + first + slot, mask=old, other=filled)
+        candidate = valid & (place >= sinks) & (place <= filled - recent)
+        score = tl.where(candidate, score, float("inf"))
+        low = tl.min(score, 0)
+        # Of equal scores the earlier slot leaves, as in `slots.top`.
+        where = tl.min(tl.where(candidate & (score == low), place, 2147483647), 0)
+        tl.store(low_ptr + head * pieces + piece, low)
+        tl.store(where_ptr + head * pieces + piece, where)
+        tl.store(at_ptr + head * pieces + piece, tl.sum(tl.where(candidate & (place == where), slot, 0), 0))
+
+
+@triton.jit
+def _let_go(
+    v_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, free_ptr, low_ptr, where_ptr, at_ptr,
+    head, pieces, size, sinks,
+    D: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr, SCORE: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """Free the slot with the lowest score of all, its value joined to its right neighbour's where the rule merges."""
+    first = head * size
+    leaves, victim, right = sinks, 0, 0
+    if SCORE > 1:
+        piece = tl.arange(0, PP)
+        there = piece < pieces
+        low = tl.load(low_ptr + head * pieces + piece, mask=there, other=float("inf"), cache_modifier=".cg")
+        where = tl.load(where_ptr + head * pieces + piece, mask=there, other=2147483647, cache_modifier=".cg")
+        at = tl.load(at_ptr + head * pieces + piece, mask=there, other=0, cache_modifier=".cg")
+        leaves = tl.min(tl.where(low == tl.min(low, 0), where, 2147483647), 0)
+        victim = tl.sum(tl.where(there & (where == leaves), at, 0), 0)
+    for start in range(0, size, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        place = tl.load(place_ptr + first + slot, mask=slot < size, other=-1, cache_modifier=".cg")
+        if SCORE == 1:
+            victim += tl.sum(tl.where(place == leaves, slot, 0), 0)
+        if MERGE:
+            right += tl.sum(tl.where(place == leaves + 1, slot, 0), 0)
+        tl.store(place_ptr + first + slot, place - 1, mask=(slot < size) & (place > leaves))
+    if MERGE:
+        dim = tl.arange(0, D)
+        a = tl.load(mass_ptr + first + victim, cache_modifier=".cg")
+        a /= tl.load(count_ptr + first + victim, cache_modifier=".cg")
+        c = tl.load(mass_ptr + first + right, cache_modifier=".cg")
+        c /= tl.load(count_ptr + first + right, cache_modifier=".cg")
+        left_v = tl.load(v_ptr + (first + victim) * D + dim)
+        right_v = tl.load(v_ptr + (first + right) * D + dim)
+        mixed = (a * left_v.to(tl.float32) + c * right_v.to(tl.float32)) / tl.maximum(a + c, 1e-37)
+        mixed = tl.where((a > 0) & (c > 0), mixed, right_v.to(tl.float32))
+        tl.store(v_ptr + (first + right) * D + dim, mixed.to(v_ptr.dtype.element_ty))
+        tokens = tl.load(card_ptr + first + victim) + tl.load(card_ptr + first + right)
+        tl.store(card_ptr + first + right, tokens)
+    tl.store(free_ptr + head, victim)
+
+
+@triton.jit
 def _settle(
     out_ptr, acc_ptr, max_ptr, sum_ptr, logit_ptr, v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr,
-    free_ptr, filled_ptr, newest_ptr, heads, size, budget, sinks, recent, splits,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
-    SCORE: tl.constexpr, MERGE: tl.constexpr,
+    free_ptr, filled_ptr, newest_ptr, low_ptr, where_ptr, at_ptr, done_ptr,
+    heads, size, budget, sinks, recent, splits, pieces,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr,
+    SCAN: tl.constexpr, SCORE: tl.constexpr, MERGE: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H_kv, G + 1): G programs join a query head's splits, the last one settles the slots."""
+    """Grid (B * H_kv, G + pieces): G programs join a query head's splits, the others settle the slots.
+
+    Each of them counts a block of slots; the one that is done last lets a slot go.
+    """
     head, role = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    part = tl.arange(0, SP)
     if role < G:
-        dim = tl.arange(0, D)
-        index = (head * splits + part) * G + role
-        best = tl.load(max_ptr + index, mask=part < splits, other=-float("inf"))
-        weight = tl.exp2(best - tl.max(best, 0))
-        total = tl.sum(weight * tl.load(sum_ptr + index, mask=part < splits, other=0.0), 0)
-        acc = tl.load(acc_ptr + index[:, None] * D + dim[None, :], mask=part[:, None] < splits, other=0.0)
-        out = tl.sum(weight[:, None] * acc, 0) / total
-        tl.store(out_ptr + (head * G + role) * D + dim, out.to(out_ptr.dtype.element_ty))
+        _join(out_ptr, acc_ptr, max_ptr, sum_ptr, head, role, splits, G, D, SP)
     else:
-        group = tl.arange(0, GP)
         free = tl.load(free_ptr + head)
         filled = tl.load(filled_ptr + head)
-        first = head * size
-        tl.store(pos_ptr + first + free, tl.load(newest_ptr + head // heads))
-        tl.store(card_ptr + first + free, 1)
-        tl.store(place_ptr + first + free, filled)
-        lse = tl.zeros([GP], tl.float32)
-        if SCORE > 1:
-            index = (head * splits + part[:, None]) * G + group[None, :]
-            known = (part[:, None] < splits) & (group[None, :] < G)
-            best = tl.load(max_ptr + index, mask=known, other=-float("inf"))
-            top = tl.max(best, 0)
-            top = tl.where(group < G, top, 0.0)
-            sums = tl.load(sum_ptr + index, mask=known, other=0.0)
-            lse = top + tl.log2(tl.where(group < G, tl.sum(tl.exp2(best - top[None, :]) * sums, 0), 1.0))
-        tl.debug_barrier()
-        lowest = float("inf")
-        leaves = sinks
-        if SCORE > 1:
-            leaves = 2147483647
-            for start in range(0, size, BLOCK):
-                slot = start + tl.arange(0, BLOCK)
-                valid = (slot < size) & (slot <= filled)
-                is_new = slot == free
-                place = tl.load(place_ptr + first + slot, mask=valid, other=0)
-                logit = tl.load(
-                    logit_ptr + (head * G + group)[:, None] * size + slot[None, :],
-                    mask=(group[:, None] < G) & valid[None, :], other=-float("inf"),
-                )  # fmt: skip
-                seen = tl.sum(tl.exp2(logit - lse[:, None]), 0) / G
-                mass = tl.load(mass_ptr + first + slot, mask=valid & (is_new == 0), other=0.0) + seen
-                tl.store(mass_ptr + first + slot, mass, mask=valid)
-                score = mass
-                if SCORE == 3:
-                    count = tl.load(count_ptr + first + slot, mask=valid & (is_new == 0), other=0.0) + 1.0
-                    tl.store(count_ptr + first + slot, count, mask=valid)
-                    score = mass / count
-                candidate = valid & (place >= sinks) & (place <= filled - recent)
-                score = tl.where(candidate, score, float("inf"))
-                low = tl.min(score, 0)
-                # Of equal scores the earlier slot leaves, as in `slots.top`.
-                where = tl.min(tl.where(candidate & (score == low), place, 2147483647), 0)
-                better = (low < lowest) | ((low == lowest) & (where < leaves))
-                leaves = tl.where(better, where, leaves)
-                lowest = tl.minimum(low, lowest)
-        if (SCORE > 0) & (filled >= budget):
+        arrived = pieces - 1
+        if MASS:
+            _count(
+                logit_ptr, max_ptr, sum_ptr, place_ptr, mass_ptr, count_ptr, low_ptr, where_ptr, at_ptr,
+                head, role - G, pieces, free, filled, size, sinks, recent, splits, G, GP, SP, BLOCK, SCORE, COUNT,
+            )  # fmt: skip
+            tl.debug_barrier()  # what all threads wrote comes before the sign that it is there
+            arrived = tl.atomic_add(done_ptr + head, 1, sem="acq_rel")
+        if arrived == pieces - 1:
+            tl.store(done_ptr + head, 0)
+            tl.store(pos_ptr + head * size + free, tl.load(newest_ptr + head // heads))
+            tl.store(card_ptr + head * size + free, 1)
+            tl.store(place_ptr + head * size + free, filled)
             tl.debug_barrier()
-            victim, right = 0, 0
-            for start in range(0, size, BLOCK):
-                slot = start + tl.arange(0, BLOCK)
-                valid = slot < size
-                place = tl.load(place_ptr + first + slot, mask=valid, other=-1)
-                victim += tl.sum(tl.where(place == leaves, slot, 0), 0)
-                right += tl.sum(tl.where(place == leaves + 1, slot, 0), 0)
-                tl.store(place_ptr + first + slot, place - 1, mask=valid & (place > leaves))
-            if MERGE:
-                dim = tl.arange(0, D)
-                a = tl.load(mass_ptr + first + victim) / tl.load(count_ptr + first + victim)
-                c = tl.load(mass_ptr + first + right) / tl.load(count_ptr + first + right)
-                left_v = tl.load(v_ptr + (first + victim) * D + dim)
-                right_v = tl.load(v_ptr + (first + right) * D + dim)
-                mixed = (a * left_v.to(tl.float32) + c * right_v.to(tl.float32)) / tl.maximum(a + c, 1e-37)
-                mixed = tl.where((a > 0) & (c > 0), mixed, right_v.to(tl.float32))
-                tl.store(v_ptr + (first + right) * D + dim, mixed.to(v_ptr.dtype.element_ty))
-                tokens = tl.load(card_ptr + first + victim) + tl.load(card_ptr + first + right)
-                tl.store(card_ptr + first + right, tokens)
-            tl.store(free_ptr + head, victim)
-        else:
-            tl.store(free_ptr + head, filled + 1)
-            tl.store(filled_ptr + head, filled + 1)
+            if (SCORE > 0) & (filled >= budget):
+                _let_go(
+                    v_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, free_ptr, low_ptr, where_ptr, at_ptr,
+                    head, pieces, size, sinks, D, PP, SCAN, SCORE, MERGE,
+                )  # fmt: skip
+            else:
+                tl.store(free_ptr + head, filled + 1)
+                tl.store(filled_ptr + head, filled + 1)
 
 
 def step(
@@ -220,29 +285,35 @@ def step(
     span = triton.cdiv(triton.cdiv(size, tile), splits) * tile
     splits = triton.cdiv(size, span)
     score = SCORES[slots.rule.score]
+    mass, count = (slots.counting and x.numel() > 0 for x in (slots.mass, slots.count))
     new = queries.new_empty
     acc = new(b, h, splits, g, d, dtype=torch.float32)
     best, total = new(2, b, h, splits, g, dtype=torch.float32)
-    logits = new(b, h, g, size if score > 1 else 0, dtype=torch.float32)
+    logits = new(b, h, g, size if mass else 0, dtype=torch.float32)
     out = new(b, h, g, d)
     groups = max(16, triton.next_power_of_2(g))
     flat = queries.reshape(b, h * g, d)
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
     _attend[(b * h, splits)](
-        flat, keys, values, slots.keys, slots.values, slots.positions, slots.place, slots.free, slots.filled,
-        slots.newest, slots.frequencies, logits, acc, best, total,
+        flat, keys, values, slots.keys, slots.values, slots.positions, slots.place, slots.cardinality, slots.free,
+        slots.filled, slots.newest, slots.frequencies, logits, acc, best, total,
         flat.stride(0), flat.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         h, size, span, scale, softcap or 0.0,
-        G=g, GP=groups, D=d, BLOCK=tile, ROTATE=slots.turns, STATS=score > 1, CAPPED=softcap is not None,
-        EXACT=queries.dtype == torch.float32, STAGES=CONFIG["stages"], num_warps=CONFIG["attend_warps"],
+        G=g, GP=groups, D=d, BLOCK=tile, ROTATE=slots.turns, STATS=mass, CAPPED=softcap is not None,
+        BIASED=slots.biased, EXACT=queries.dtype == torch.float32, STAGES=CONFIG["stages"],
+        num_warps=CONFIG["attend_warps"],
     )  # fmt: skip
-    _settle[(b * h, g + 1)](
+    block = CONFIG["settle_tile"]
+    pieces = triton.cdiv(size, block) if mass else 1
+    low, where, at = new(b, h, pieces, dtype=torch.float32), *new(2, b, h, pieces, dtype=torch.int32)
+    _settle[(b * h, g + pieces)](
         out, acc, best, total, logits, slots.values, slots.positions, slots.place, slots.cardinality, slots.mass,
-        slots.count, slots.free, slots.filled, slots.newest, h, size, slots.budget, slots.rule.sinks,
-        slots.rule.recent, splits,
+        slots.count, slots.free, slots.filled, slots.newest, low, where, at, slots.done, h, size, slots.budget,
+        slots.rule.sinks, slots.rule.recent, splits, pieces,
         G=g, GP=triton.next_power_of_2(g), D=d, SP=max(2, triton.next_power_of_2(splits)),
-        BLOCK=min(CONFIG["settle_tile"], max(16, triton.next_power_of_2(size))),
-        SCORE=score, MERGE=slots.rule.merge, num_warps=CONFIG["settle_warps"],
+        PP=max(2, triton.next_power_of_2(pieces)), BLOCK=block,
+        SCAN=min(CONFIG["scan_tile"], max(16, triton.next_power_of_2(size))),
+        SCORE=score, MERGE=slots.rule.merge, MASS=mass, COUNT=count, num_warps=CONFIG["settle_warps"],
     )  # fmt: skip
     return out
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvrepro.attention import Step
+from kvrepro.attention import Observation, Step
 from kvrepro.methods.base import option
 from kvrepro.methods.pairs import PairMerging
 from kvrepro.slots import Slots
@@ -42,12 +42,13 @@ class AsymKV(PairMerging):
                 "prompts with kvrepro.prefill, or choose fisher='forward' to say that you mean it",
                 stacklevel=2,
             )
-        squares = forward_fisher(slots, step) if step.gradients is None else step.gradients.square()
+        found = step.gradients
+        squares = forward_fisher(slots, step.last(self.window)) if found is None else found.square()
         slots = dataclasses.replace(slots, stats={**slots.stats, "fisher": squares})
         slots = super().compress(slots, budget, step)
         return dataclasses.replace(slots, stats={n: x for n, x in slots.stats.items() if n != "fisher"})
 
-    def weigh(self, slots: Slots, seen: dict[str, Tensor]) -> Tensor:
+    def weigh(self, slots: Slots, step: Step, seen: Observation, chosen: Tensor, most: int) -> Tensor:
         """k* = (g_i^2 k_i + g_j^2 k_j) / (g_i^2 + g_j^2) in each dimension; by cardinality where both are 0."""
         left, right = slots.stats["fisher"][:, :, :-1], slots.stats["fisher"][:, :, 1:]
         total = left + right

@@ -225,6 +225,14 @@ class Method:
         """How one slot goes for each token while decoding; None where `compress` has more to do than that."""
         return None
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """Whether reading `arrived` tokens is always the same work for a full layer: then a CUDA graph can hold it.
+
+        True promises that `compress` makes `budget` slots of `budget + arrived` whatever they hold, and decides nothing
+        on the host: no `int(tensor)`, no shape that depends on values. False is always right, and slower on a GPU.
+        """
+        return False
+
     def accumulate(self, slots: Slots, found: dict[str, Tensor], step: Step) -> Slots:
         """Add this pass's attention statistics to the side vectors.
 

@@ -41,12 +41,16 @@ class CaM(Method):
         super().__post_init__()
         self.require_whole("targets", 1)
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """Without `recent` a full layer lets one slot go at each step."""
+        return self.recent is None
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Let the oldest non-sink slots leave one by one, each giving v / 16 to the next 16 slots or to none."""
         recent = budget - self.sinks if self.recent is None else self.recent
         keep = protected(slots, self.sinks, recent)
         leaving = slots.valid & ~keep
-        count = int(leaving.sum(dim=2).max())
+        count = max(0, slots.size - self.sinks - recent)  # at most: known without asking the GPU
         # The leaving slots of a head are neighbours; bring them and the slots after them to the front, aligned.
         first = torch.where(leaving, rank(slots), slots.size).amin(dim=2, keepdim=True)
         empty = (~slots.valid).sum(dim=2, keepdim=True)  # empty slots stand in front

@@ -10,25 +10,99 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kvrepro import kernels
 from kvrepro.attention import Step
 from kvrepro.methods.base import Method, option
-from kvrepro.slots import Slots, add_at, compact, select
+from kvrepro.slots import Slots, compact, mix, partition, select, take, total_at
+
+#: Similarities that the twin holds at once, in elements.
+_BLOCK = 1 << 24
 
 
-def nearest_kept(slots: Slots, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """For every slot, the kept slot whose key is most similar to its own.
+@dataclass(frozen=True)
+class Eviction:
+    """What a choice of kept slots leaves, and where each evicted slot could go.
+
+    Attributes:
+        order: `[B, H_kv, S]` int64, the evicted slots and then the kept ones (`slots.partition`).
+        place: `[B, H_kv, S]` int64, each kept slot's place among the `size` that stay; `size` for all others.
+        gone: `[B, H_kv, E]` int64, the slots that are not among those that stay; E = S - size.
+        evicted: `[B, H_kv, E]` bool, they hold something.
+        similarity: `[B, H_kv, E]` float32, the cosine with the most similar kept key.
+        nearest: `[B, H_kv, E]` int64, that slot's place.
+        size: slots that stay.
+    """
+
+    order: Tensor
+    place: Tensor
+    gone: Tensor
+    evicted: Tensor
+    similarity: Tensor
+    nearest: Tensor
+    size: int
+
+    def target(self, joins: Tensor) -> Tensor:
+        """`[B, H_kv, S]` int64: the place each slot goes to, given which of the evicted join `[B, H_kv, E]`."""
+        return self.place.scatter(2, self.gone, torch.where(joins, self.nearest, self.size))
+
+    def spread(self, weight: Tensor) -> Tensor:
+        """`[B, H_kv, S]`: the weight `[B, H_kv, E]` of each evicted slot, 1 for the others."""
+        return weight.new_ones(self.place.shape).scatter_(2, self.gone, weight)
+
+
+def evict(slots: Slots, keep: Tensor, budget: int) -> Eviction:
+    """Find for every evicted slot the kept slot whose key is most similar to its own.
 
     Args:
         slots: `S` slots a head.
-        keep: `[B, H_kv, S]` bool.
+        keep: `[B, H_kv, S]` bool, filled slots, at most `budget` a head.
+        budget: slots a head may keep.
+    """
+    size = min(budget, slots.size)
+    order, place = partition(keep)
+    gone, kept = order.split([slots.size - size, size], dim=2)
+    valid, evicted = (torch.ones_like(index, dtype=torch.bool) for index in (kept, gone))
+    if slots.ragged:
+        valid, evicted = keep.gather(2, kept), (slots.valid & ~keep).gather(2, gone)
+    similarity, nearest = nearest_kept(slots.keys, gone, kept, valid)
+    return Eviction(
+        order=order,
+        place=torch.where(keep, place - gone.shape[2], size),
+        gone=gone,
+        evicted=evicted,
+        similarity=similarity,
+        nearest=nearest,
+        size=size,
+    )
+
+
+def nearest_kept(keys: Tensor, gone: Tensor, kept: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """For every evicted slot, the kept slot whose key is most similar to its own.
+
+    Args:
+        keys: `[B, H_kv, S, d]`.
+        gone: `[B, H_kv, E]` int64, the evicted slots.
+        kept: `[B, H_kv, K]` int64, the kept ones.
+        valid: `[B, H_kv, K]` bool, those of them that hold something.
 
     Returns:
-        Cosine similarity `[B, H_kv, S]` float32, and the index of that slot `[B, H_kv, S]` int64.
+        Cosine similarity `[B, H_kv, E]` float32, -inf where nothing is kept, and the place in `kept`
+        `[B, H_kv, E]` int64, of equal ones the first.
     """
-    unit = normalize(slots.keys.float(), dim=-1)
-    cosine = (unit @ unit.transpose(2, 3)).masked_fill(~keep.unsqueeze(2), -torch.inf)
-    best = cosine.max(dim=3)
-    return best.values, best.indices
+    if kernels.covers(keys) and gone.numel() and kept.numel():
+        from kvrepro.kernels import merging
+
+        return merging.nearest(keys, gone, kept, valid)
+    unit = normalize(take(keys, kept).float(), dim=-1).transpose(2, 3)
+    similarity = torch.empty(gone.shape, dtype=torch.float32, device=keys.device)
+    nearest = torch.empty_like(gone)
+    rows = max(1, _BLOCK // max(1, valid.numel()))
+    for start in range(0, gone.shape[2], rows):
+        part = gone[..., start : start + rows]
+        cosine = normalize(take(keys, part).float(), dim=-1) @ unit
+        best = cosine.masked_fill_(~valid.unsqueeze(2), -torch.inf).max(dim=3)
+        similarity[..., start : start + rows], nearest[..., start : start + rows] = best.values, best.indices
+    return similarity, nearest
 
 
 @dataclass(frozen=True)
@@ -99,22 +173,23 @@ class D2O(Method):
         ends = ((budget - floor) * len(layers) * share.cumsum(0)).round().long()  # rounded so that nothing is lost
         return [floor + int(n) for n in ends.diff(prepend=torch.zeros(1, dtype=torch.long))]
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """A step is the same work whatever the slots hold."""
+        return True
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Evict by accumulated mass; merge keys and values of similar evicted tokens, weighted by cosine."""
         keep = select(slots, slots.stats["mass"], budget, self.sinks, self.recent_of(budget))
-        evicted = slots.valid & ~keep
-        similarity, target = nearest_kept(slots, keep)
-        threshold, slots = self._threshold(slots, similarity, evicted)
-        weight = similarity.clamp_min(0.0) * (evicted & (similarity >= threshold.unsqueeze(2)))
-        total = 1.0 + torch.zeros_like(weight).scatter_add(2, target, weight)  # a kept slot has cosine 1 with itself
-        merged = {}
-        for name in ("keys", "values"):
-            x = getattr(slots, name)
-            wide = x.float() if x.dtype != torch.float64 else x
-            merged[name] = (add_at(wide, target, weight.unsqueeze(-1) * wide) / total.unsqueeze(-1)).to(x.dtype)
-        count = torch.where(weight > 0, slots.cardinality, 0)
-        cardinality = slots.cardinality.scatter_add(2, target, count)
-        return compact(dataclasses.replace(slots, cardinality=cardinality, **merged), keep, budget)
+        plan = evict(slots, keep, budget)
+        threshold, slots = self._threshold(slots, plan.similarity, plan.evicted)
+        joins = plan.evicted & (plan.similarity >= threshold.unsqueeze(2)) & (plan.similarity > 0)
+        target = plan.target(joins)
+        weight = plan.spread(plan.similarity)  # a kept slot has cosine 1 with itself
+        weight = weight / total_at(weight, target, plan.size).gather(2, target)
+        content = mix(slots, target, (weight, weight), plan.size)
+        cardinality = total_at(slots.cardinality, target, plan.size)[..., : plan.size]
+        left = compact(slots, keep, budget, order=plan.order, content=content, whole=not slots.ragged)
+        return dataclasses.replace(left, cardinality=cardinality)
 
     def _threshold(self, slots: Slots, similarity: Tensor, evicted: Tensor) -> tuple[Tensor, Slots]:
         """The running threshold `[B, H_kv]` after this eviction; it starts at the first eviction's mean similarity."""

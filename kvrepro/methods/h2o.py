@@ -34,6 +34,10 @@ class H2O(Method):
             return None
         return StepRule("mass", sinks=self.sinks, recent=self.recent_of(budget))
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """A step is the same work whatever the slots hold."""
+        return True
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Keep the slots with the largest accumulated attention (a sum, not divided by age), and the recent ones."""
         keep = select(slots, slots.stats["mass"], budget, self.sinks, self.recent_of(budget))

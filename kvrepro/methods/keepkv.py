@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvrepro import kernels
 from kvrepro.attention import Step
 from kvrepro.methods.base import Method, option
-from kvrepro.methods.d2o import nearest_kept
-from kvrepro.slots import Slots, add_at, compact, select
+from kvrepro.methods.d2o import evict
+from kvrepro.slots import Slots, compact, mix, select, total_at
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class KeepKV(Method):
         """Half of the budget unless set."""
         return budget // 2 if self.recent is None else self.recent
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """A step is the same work whatever the slots hold."""
+        return True
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Evict by accumulated mass (ours); merge what is similar, preserving the newest query's attention.
 
@@ -48,11 +53,9 @@ class KeepKV(Method):
         q.k* is the logit at which p* votes carry the merged mass (paper, for two members; the sum is the same).
         """
         keep = select(slots, slots.stats["mass"], budget, self.sinks, self.recent_of(budget))
-        similarity, nearest = nearest_kept(slots, keep)
-        joins = slots.valid & ~keep & (similarity > self.threshold)
-        place = torch.arange(slots.size, device=keep.device).expand_as(keep)
-        target = torch.where(joins, nearest, place)
-        member = joins | keep
+        plan = evict(slots, keep, budget)
+        target = plan.target(plan.evicted & (plan.similarity > self.threshold))
+        member = target < plan.size
         logits = self._logits(slots, step)
         # Weights relative to the largest logit: only their ratios matter, and e^l must not overflow.
         top = logits.masked_fill(~member, -torch.inf).amax(dim=2, keepdim=True)
@@ -60,35 +63,36 @@ class KeepKV(Method):
         weight = votes * (logits - top).exp()
 
         def total(x: Tensor) -> Tensor:
-            """Sums over the members of each target, `[B, H_kv, S]`."""
-            return torch.zeros_like(x).scatter_add(2, target, x)
+            """Sums over the members of each target, `[B, H_kv, size + 1]`."""
+            return total_at(x, target, plan.size)
 
-        mass, p = total(weight), total(votes)
+        mass, cardinality = total(weight), total(slots.cardinality)
+        p = cardinality.to(mass.dtype)
         tiny = torch.finfo(mass.dtype).tiny
         wanted = (mass.clamp_min(tiny) / p.clamp_min(1.0)).log() + top
         mean = total(weight * logits.masked_fill(~member, 0.0)) / mass.clamp_min(tiny)
-        merged = (total(joins.to(mass.dtype)) > 0) & (mass > tiny)
-        slots = self._combine(slots, target, weight, mass, merged, _stretch(wanted, mean))
-        cardinality = torch.where(keep, p.round().to(slots.cardinality.dtype), slots.cardinality)
-        return compact(dataclasses.replace(slots, cardinality=cardinality), keep, budget)
+        merged = (total(member.to(mass.dtype)) > 1) & (mass > tiny)
+        # A slot that nothing joins keeps its bits.
+        share = torch.where(merged.gather(2, target), weight / mass.clamp_min(tiny).gather(2, target), keep)
+        stretch = torch.where(merged, _stretch(wanted, mean), 1.0).gather(2, target)
+        content = mix(slots, target, (share * stretch, share), plan.size)
+        left = compact(slots, keep, budget, order=plan.order, content=content, whole=not slots.ragged)
+        return dataclasses.replace(left, cardinality=cardinality[..., : plan.size])
 
     def _logits(self, slots: Slots, step: Step) -> Tensor:
         """`[B, H_kv, S]`: logits of the newest query, averaged over the query heads of a group."""
         query = step.queries[:, :, :, -1].mean(dim=2)  # [B, H_kv, d]
-        wide = torch.promote_types(query.dtype, torch.float32)
-        return (step.read_keys(slots).to(wide) @ query.to(wide).unsqueeze(-1)).squeeze(-1) * step.scale
+        return project(step.read_keys(slots), query) * step.scale
 
-    def _combine(
-        self, slots: Slots, target: Tensor, weight: Tensor, mass: Tensor, merged: Tensor, stretch: Tensor
-    ) -> Slots:
-        """Keys and values of the merged slots; the others keep their bits."""
-        new = {}
-        for name, scale in (("keys", stretch), ("values", torch.ones_like(stretch))):
-            x = getattr(slots, name)
-            sums = add_at(torch.zeros_like(x, dtype=weight.dtype), target, weight.unsqueeze(-1) * x)
-            mean = sums / mass.clamp_min(torch.finfo(mass.dtype).tiny).unsqueeze(-1)
-            new[name] = torch.where(merged.unsqueeze(-1), (mean * scale.unsqueeze(-1)).to(x.dtype), x)
-        return dataclasses.replace(slots, **new)
+
+def project(keys: Tensor, vector: Tensor) -> Tensor:
+    """`[B, H_kv, S]`, float32 at least: dot products of keys `[B, H_kv, S, d]` with a vector a head `[B, H_kv, d]`."""
+    if kernels.covers(keys, vector):
+        from kvrepro.kernels import merging
+
+        return merging.project(keys, vector)
+    wide = torch.promote_types(vector.dtype, torch.float32)
+    return (keys.to(wide) @ vector.to(wide).unsqueeze(-1)).squeeze(-1)
 
 
 def _stretch(wanted: Tensor, mean: Tensor) -> Tensor:

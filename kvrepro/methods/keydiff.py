@@ -22,6 +22,10 @@ class KeyDiff(Method):
     paper: ClassVar[str] = "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference (2025)"
     url: ClassVar[str] = "https://arxiv.org/abs/2504.15364"
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """A step is the same work whatever the slots hold."""
+        return True
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Score each slot by -cos(key, mean of the unit keys) and keep the highest."""
         keys = slots.keys.float().masked_fill(~slots.valid.unsqueeze(-1), 0.0)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from kvrepro import kernels
 from kvrepro.attention import Step
 from kvrepro.methods.base import Method, option
-from kvrepro.slots import Slots, add_at, compact, protected, take, top, uniform
+from kvrepro.slots import Slots, compact, mix, partition, protected, take, top, total_at, uniform
 
 _PIVOT_STREAM = 2
 #: Rounds of the circular definition of sigma; it has converged to six digits by then.
@@ -85,8 +86,12 @@ class KVMerger(Method):
 
     @property
     def counts_passes(self) -> bool:
-        """With a fixed threshold every pass over a prompt ends with a merge."""
-        return not self.bounded
+        """With a fixed threshold every pass ends with a merge; the largest sum of a group depends on what is summed."""
+        return not self.bounded or self.reduce == "max"
+
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """Chunks of a prompt are; while decoding, slots are freed a block at a time."""
+        return self.bounded and arrived > 1
 
     def recent_of(self, budget: int) -> int:
         """0.34 of the budget unless set; at least the newest token."""
@@ -133,9 +138,11 @@ class KVMerger(Method):
         decoding = step.queries.shape[3] == 1
         goal = budget - self.block_of(budget) + 1 if decoding and self.bounded else budget
         link = self.links(slots, budget, goal)
-        slots, keep = self.merge(slots, link, step)
-        size = goal if self.bounded and not slots.ragged else int(keep.sum(dim=2).max())
-        return dataclasses.replace(compact(slots, keep, size), ragged=slots.ragged or not self.bounded)
+        pivot, share = self._members(slots, link, step)
+        stays = self._stays(slots, pivot)
+        slots = dataclasses.replace(slots, ragged=slots.ragged or not self.bounded)
+        size = int(stays.sum(dim=2).max()) if slots.ragged else min(goal, slots.size)
+        return self._melt(slots, pivot, share, stays, size)
 
     def links(self, slots: Slots, budget: int, goal: int) -> Tensor:
         """Which neighbours belong to one merging set.
@@ -149,7 +156,7 @@ class KVMerger(Method):
             `[B, H_kv, S - 1]` bool: slot i and slot i + 1 are joined.
         """
         mass = slots.stats["mass"]
-        similarity = cosine_similarity(slots.keys[:, :, :-1].float(), slots.keys[:, :, 1:].float(), dim=-1)
+        similarity = neighbours(slots.keys)
         if self.shared_sets:
             mass = mass.mean(dim=1, keepdim=True).expand_as(mass)
             similarity = similarity.mean(dim=1, keepdim=True).expand_as(similarity)
@@ -176,32 +183,50 @@ class KVMerger(Method):
             Slots of the same length with the pivots' keys, values, cardinalities and attention updated, and
             `[B, H_kv, S]` bool that marks the slots that stay.
         """
-        group = torch.nn.functional.pad((~link).cumsum(dim=2), (1, 0))  # [B, H, S]: index of the slot's set
-        pivot = self._pivots(slots, group, step)
-        target = pivot.gather(2, group)  # [B, H, S]: the pivot of the slot's set
-        weight = self._weights(slots, group, target).masked_fill(~slots.valid, 0.0)
-        weight = weight / _sum(weight, group).gather(2, group).clamp_min(torch.finfo(weight.dtype).tiny)
-        size = _sum(slots.cardinality, group).gather(2, group)  # tokens of the set
-        place = torch.arange(slots.size, device=link.device).expand_as(target)
-        stays = (place == target) & slots.valid
-        merged = stays & (_sum(slots.valid.int(), group).gather(2, group) > 1)
-        values = slots.values.to(weight.dtype)
-        if self.mass == "values":  # stored as |S| times a mean: undo it before averaging, redo it with the set's size
-            values = values / slots.cardinality.clamp_min(1).unsqueeze(-1)
-        values = _mix(values, weight, target)
-        if self.mass == "values":
-            values = values * size.unsqueeze(-1)
-        keys = _mix(slots.keys.to(weight.dtype), weight, target)
-        pick = merged.unsqueeze(-1)
-        mass = _sum(slots.stats["mass"], group).gather(2, group)
-        merged_slots = dataclasses.replace(
+        pivot, share = self._members(slots, link, step)
+        stays = self._stays(slots, pivot)
+        left = self._melt(dataclasses.replace(slots, ragged=True), pivot, share, stays, slots.size)
+        _, place = partition(stays)
+
+        def back(old: Tensor, new: Tensor) -> Tensor:
+            """What stays, where it was."""
+            return torch.where(stays if old.dim() == 3 else stays.unsqueeze(-1), take(new, place), old)
+
+        full = dataclasses.replace(
             slots,
-            keys=torch.where(pick, keys.to(slots.keys.dtype), slots.keys),
-            values=torch.where(pick, values.to(slots.values.dtype), slots.values),
-            cardinality=torch.where(merged, size, slots.cardinality),
-            stats={**slots.stats, "mass": torch.where(merged, mass, slots.stats["mass"])},
+            keys=back(slots.keys, left.keys),
+            values=back(slots.values, left.values),
+            cardinality=back(slots.cardinality, left.cardinality),
+            stats={name: back(side, left.stats[name]) for name, side in slots.stats.items()},
         )
-        return merged_slots, stays
+        return full, stays
+
+    def _members(self, slots: Slots, link: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """`[B, H_kv, S]` int64, the pivot of each slot's set, and `[B, H_kv, S]`, the slot's share in the set."""
+        group = torch.nn.functional.pad((~link).cumsum(dim=2), (1, 0))  # [B, H, S]: index of the slot's set
+        pivot = self._pivots(slots, group, step).gather(2, group)
+        weight = self._weights(slots, group, pivot).masked_fill(~slots.valid, 0.0)
+        return pivot, weight / _sum(weight, group).gather(2, group).clamp_min(torch.finfo(weight.dtype).tiny)
+
+    def _stays(self, slots: Slots, pivot: Tensor) -> Tensor:
+        """`[B, H_kv, S]` bool: the slots that are their own set's pivot."""
+        return (torch.arange(slots.size, device=pivot.device) == pivot) & slots.valid
+
+    def _melt(self, slots: Slots, pivot: Tensor, share: Tensor, stays: Tensor, size: int) -> Slots:
+        """The pivots alone, `size` a head, each with the keys, values, tokens and attention of its set."""
+        order, place = partition(stays)
+        target = place.gather(2, pivot) - (slots.size - size)
+        target = torch.where(slots.valid & (target >= 0), target, size)
+        cardinality = total_at(slots.cardinality, target, size)
+        in_value = share
+        if self.mass == "values":  # stored as |S| times a mean: undo it before averaging, redo it with the set's size
+            in_value = share * cardinality.gather(2, target) / slots.cardinality.clamp_min(1)
+        content = mix(slots, target, (share, in_value), size, runs=True)
+        left = compact(slots, stays, size, order=order, content=content, whole=not slots.ragged)
+        mass = total_at(slots.stats["mass"], target, size)
+        return dataclasses.replace(
+            left, cardinality=cardinality[..., :size], stats={**left.stats, "mass": mass[..., :size]}
+        )
 
     def _pivots(self, slots: Slots, group: Tensor, step: Step) -> Tensor:
         """`[B, H_kv, S]` int64: the slot index of each set's pivot, by set index."""
@@ -218,10 +243,9 @@ class KVMerger(Method):
     def _weights(self, slots: Slots, group: Tensor, target: Tensor) -> Tensor:
         """`[B, H_kv, S]`: unnormalised weights g = exp(-|k_p - k|^2 / 2 sigma^2), 1 for the pivot."""
         wide = torch.promote_types(slots.keys.dtype, torch.float32)
-        keys = slots.keys.to(wide)
-        distance = (keys - take(keys, target)).norm(dim=-1)
         if self.weights == "mean":
-            return torch.ones_like(distance)
+            return torch.ones(target.shape, dtype=wide, device=target.device)
+        distance = distances(slots.keys, target)
         size = _sum(torch.ones_like(distance), group).gather(2, group)
         tiny = torch.finfo(wide).tiny
         if self.sigma == "printed":
@@ -248,6 +272,20 @@ def _sum(x: Tensor, group: Tensor) -> Tensor:
     return torch.zeros_like(x).scatter_add(2, group, x)
 
 
-def _mix(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """`[B, H, S, d]`: the weighted sum of each set at its pivot."""
-    return add_at(torch.zeros_like(x), target, weight.unsqueeze(-1) * x)
+def neighbours(keys: Tensor) -> Tensor:
+    """`[B, H, S - 1]` float32: cosine similarity of neighbouring keys `[B, H, S, d]`."""
+    if kernels.covers(keys) and keys.shape[2] > 1:
+        from kvrepro.kernels import merging
+
+        return merging.neighbours(keys)
+    return cosine_similarity(keys[:, :, :-1].float(), keys[:, :, 1:].float(), dim=-1)
+
+
+def distances(keys: Tensor, target: Tensor) -> Tensor:
+    """`[B, H, S]`, float32 at least: distance of each key `[B, H, S, d]` from that of the slot `target` `[B, H, S]`."""
+    if kernels.covers(keys):
+        from kvrepro.kernels import merging
+
+        return merging.distance(keys, target)
+    wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    return (wide - take(wide, target)).norm(dim=-1)

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvrepro.attention import Step
+from kvrepro.attention import Observation, Step
 from kvrepro.methods.pairs import PairMerging
-from kvrepro.slots import Slots, rank
+from kvrepro.slots import Slots, partition, rank
 
 
 @dataclass(frozen=True)
@@ -78,22 +78,17 @@ class KVSlimmer(PairMerging):
             slots, stats={"alpha": alpha.float(), "h": h.float()}, state={"passes": passes + asked}
         )
 
-    def observe(self, slots: Slots, step: Step) -> dict[str, Tensor]:
-        """Attention mass, and for the paper's variant the norms of the second derivatives, in one pass."""
-        if self.variant == "released":
-            return super().observe(slots, step)
-        single, cross, mass = curvature_norms(slots, step)
-        return {"mass": mass, "single": single, "cross": cross}
-
-    def weigh(self, slots: Slots, seen: dict[str, Tensor]) -> Tensor:
+    def weigh(self, slots: Slots, step: Step, seen: Observation, chosen: Tensor, most: int) -> Tensor:
         """`[B, H_kv, S - 1, 1]`: the share of the left key by the closed form."""
         if self.variant == "released":
-            alpha = slots.stats["alpha"]
+            alpha, single = slots.stats["alpha"], slots.stats["h"]
             distance = _mean_distance(slots, alpha)
             cross = alpha[..., :-1] * alpha[..., 1:] * (distance[..., :-1] + distance[..., 1:])
-            single = slots.stats["h"]
+        elif seen.view is not None:
+            return _share_of_chosen(seen, chosen, most).unsqueeze(-1)
         else:
-            alpha, single, cross = seen["mass"], seen["single"], seen["cross"]
+            alpha = seen.mass
+            single, cross = curvature_norms(slots, step)
         return merge_share(single[..., :-1], single[..., 1:], cross, alpha[..., :-1], alpha[..., 1:]).unsqueeze(-1)
 
     def merge_stats(self, slots: Slots, share: Tensor) -> dict[str, Tensor]:
@@ -149,21 +144,44 @@ def merge_share(n11: Tensor, n22: Tensor, n12: Tensor, left: Tensor, right: Tens
     return torch.where(known, share.clamp(0.0, 1.0), by_attention.to(share.dtype))
 
 
-def curvature_norms(slots: Slots, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+def _share_of_chosen(seen: Observation, chosen: Tensor, most: int) -> Tensor:
+    """`[B, H_kv, S - 1]`: the left key's share in the chosen pairs `[B, H_kv, S - 1]`, by kernel; 0 elsewhere."""
+    from kvrepro.kernels import prefill
+
+    left = partition(chosen)[0][..., -most:]  # the chosen ones last, behind others where they are fewer
+    view = seen.view
+    single, cross = prefill.curvature(
+        view.queries,
+        view.keys,
+        view.values,
+        view.output,
+        view.lse,
+        view.bias,
+        (left, left + 1),
+        view.scale,
+        view.softcap,
+    )  # [B, H_q, P, 2], [B, H_q, P]
+    b, h = seen.mass.shape[:2]
+    single, cross = (x.view(b, h, -1, *x.shape[2:]).sum(dim=2) for x in (single, cross))
+    share = merge_share(single[..., 0], single[..., 1], cross, seen.mass.gather(2, left), seen.mass.gather(2, left + 1))
+    return torch.zeros_like(seen.mass[..., :-1]).scatter(2, left, share)
+
+
+def curvature_norms(slots: Slots, step: Step) -> tuple[Tensor, Tensor]:
     """L2 norms of the second derivatives, summed over the pass's queries and the group's heads.
 
     Norms come from inner products, |v_m + v_{m+1} - 2 o|^2 = |u|^2 - 4 u.o + 4 |o|^2, so no tensor of size
     queries x slots x d is formed.
 
     Returns:
-        |c11| for every slot `[B, H_kv, S]` (a pair's |c22| is its right slot's), |c12| for every pair
-        `[B, H_kv, S - 1]`, and the attention mass `[B, H_kv, S]`.
+        |c11| for every slot `[B, H_kv, S]` (a pair's |c22| is its right slot's), and |c12| for every pair
+        `[B, H_kv, S - 1]`.
     """
     wide = torch.promote_types(slots.values.dtype, torch.float32)
     v = slots.values.to(wide)
     u = v[:, :, :-1] + v[:, :, 1:]
     vv, uu = v.square().sum(-1)[:, :, None], u.square().sum(-1)[:, :, None]  # [B, H, 1, S]
-    single, cross, mass = 0.0, 0.0, 0.0
+    single, cross = 0.0, 0.0
     for _, p in step.blocks(slots):
         p = p.flatten(2, 3)  # [B, H, G q, S]
         o = p @ v
@@ -173,8 +191,7 @@ def curvature_norms(slots: Slots, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         pair = (uu - 4 * uo + 4 * oo).clamp_min(0.0).sqrt()
         single = single + (p * (1 - 2 * p).abs() * away).sum(dim=2)
         cross = cross + (p[..., :-1] * p[..., 1:] * pair).sum(dim=2)
-        mass = mass + p.sum(dim=2)
-    return single, cross, mass
+    return single, cross
 
 
 def _mean_distance(slots: Slots, alpha: Tensor) -> Tensor:

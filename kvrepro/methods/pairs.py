@@ -15,9 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvrepro.attention import Step
+from kvrepro import kernels
+from kvrepro.attention import Observation, Step, observe
 from kvrepro.methods.base import POSITIONS, Method, option
-from kvrepro.slots import Slots, compact, greedy_pairs, rank, top
+from kvrepro.slots import Slots, compact, greedy_pairs, partition, rank, take, top
 
 #: Discount of a pair's score by its place in the cache, e^(-place / GAMMA) (AsymKV's code).
 GAMMA = 4096 / math.log(512)
@@ -44,6 +45,12 @@ class PairMerging(Method):
         "ours: no token is lost; 'released' (code) picks all pairs at once, overlapping ones lose tokens",
         ("disjoint", "released"),
     )
+    window: int = option(512, "code: a chunk's 512 queries judge; of a longer pass the last 512 (ours)")
+
+    def __post_init__(self) -> None:
+        """Check the options' values."""
+        super().__post_init__()
+        self.require_whole("window", 1)
 
     def sinks_of(self, budget: int) -> int:
         """32, or an eighth of a small budget, unless set."""
@@ -53,23 +60,15 @@ class PairMerging(Method):
         """A quarter of the budget unless set; at least the newest token."""
         return max(1, budget // 4 if self.recent is None else self.recent)
 
-    def observe(self, slots: Slots, step: Step) -> dict[str, Tensor]:
-        """What a round needs to know of the pass's attention to the present slots.
-
-        Returns:
-            `"mass"` `[B, H_kv, S]`: attention, cardinality included, summed over the pass's queries and the group.
-        """
-        mass = torch.zeros_like(slots.positions, dtype=torch.promote_types(slots.keys.dtype, torch.float32))
-        for _, p in step.blocks(slots):
-            mass = mass + p.sum(dim=(2, 3))
-        return {"mass": mass}
-
-    def weigh(self, slots: Slots, seen: dict[str, Tensor]) -> Tensor:
+    def weigh(self, slots: Slots, step: Step, seen: Observation, chosen: Tensor, most: int) -> Tensor:
         """The share of the left key in each merged pair.
 
         Args:
             slots: `S` slots a head.
-            seen: what `observe` returned.
+            step: the queries that judge.
+            seen: their attention to the slots.
+            chosen: `[B, H_kv, S - 1]` bool, the pairs that will be merged; what is returned for others does not count.
+            most: no head has more chosen pairs.
 
         Returns:
             `[B, H_kv, S - 1, 1]`, or `[B, H_kv, S - 1, d]` for a share of its own in each dimension.
@@ -80,8 +79,14 @@ class PairMerging(Method):
         """Side vectors of the pairs' merged slots, each `[B, H_kv, S - 1, ...]`: sums unless a method knows better."""
         return {name: x[:, :, :-1] + x[:, :, 1:] for name, x in slots.stats.items()}
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """Where one round is sure to find the pairs it needs."""
+        return arrived <= self._sure(budget + arrived, budget)
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Merge pairs in rounds until the cache fits; each round looks at the attention to the present slots."""
+        step = step.last(self.window)
+        ragged = slots.ragged
         while slots.size > budget:
             before = slots.size
             slots = self._round(slots, budget, step)
@@ -90,7 +95,7 @@ class PairMerging(Method):
                     f"{self.name}: no pair is left to merge with a budget of {budget}, sinks={self.sinks_of(budget)} "
                     f"and recent={self.recent_of(budget)}; raise the budget or protect less"
                 )
-        return slots
+        return dataclasses.replace(slots, ragged=ragged)  # rows that were full are full again
 
     def scores(self, slots: Slots, budget: int, mass: Tensor) -> Tensor:
         """`[B, 1, S - 1]`: what merging each pair would cost, +inf where it must not be merged (code).
@@ -112,33 +117,62 @@ class PairMerging(Method):
 
     def _round(self, slots: Slots, budget: int, step: Step) -> Slots:
         """One round: choose pairs, merge each into its right slot, drop the left one."""
-        seen = self.observe(slots, step)
-        score = self.scores(slots, budget, seen["mass"])
+        seen = observe(step, slots)
+        score = self.scores(slots, budget, seen.mass)
         excess = (slots.valid.sum(dim=2, keepdim=True)[:, :1] - budget).clamp_min(0)
         allowed = greedy_pairs(score) if self.overlap == "disjoint" else torch.isfinite(score)
         chosen = top(-score, allowed, excess).expand(-1, slots.keys.shape[1], -1)  # [B, H, S - 1]
-        share = self.weigh(slots, seen)
-        left, right = slots.cardinality[:, :, :-1], slots.cardinality[:, :, 1:]
-        total = left + right
+        keep = slots.valid & ~torch.nn.functional.pad(chosen, (0, 1))
+        fewest, size = self._size_after(slots, budget, keep)
+        share = self.weigh(slots, step, seen, chosen, slots.size - fewest)
+        total = slots.cardinality[:, :, :-1] + slots.cardinality[:, :, 1:]
         stored = total.clamp_max(MAX_CARDINALITY) if self.variant == "released" else total
-        # The codes keep sums of values: with a capped cardinality the mean that is stored here grows beyond the mean.
-        sums = slots.values[:, :, :-1] * left.unsqueeze(-1) + slots.values[:, :, 1:] * right.unsqueeze(-1)
+        order, _ = partition(keep)
+        content = self._content(slots, step, chosen, share, stored, order[..., -size:])
         merged = dataclasses.replace(
             slots,
-            keys=_at_right(slots.keys, chosen, self._keys(slots, share, step)),
-            values=_at_right(slots.values, chosen, (sums / stored.clamp_min(1).unsqueeze(-1)).to(slots.values.dtype)),
+            ragged=slots.ragged or fewest < size,
             cardinality=_at_right(slots.cardinality, chosen, stored),
             stats={n: _at_right(slots.stats[n], chosen, x) for n, x in self.merge_stats(slots, share).items()},
         )
-        keep = slots.valid & ~torch.nn.functional.pad(chosen, (0, 1))
-        return compact(merged, keep, int(keep.sum(dim=2).max()))
+        return compact(merged, keep, size, order=order, content=content)
 
-    def _keys(self, slots: Slots, share: Tensor, step: Step) -> Tensor:
-        """`[B, H_kv, S - 1, d]`: the merged keys, combined before rotary embedding, rotated to the right's position."""
-        wide = slots.keys.to(torch.promote_types(slots.keys.dtype, torch.float32))
-        plain = step.rotation.rotate(wide, -slots.positions)
+    def _sure(self, size: int, budget: int) -> int:
+        """Pairs that a round is sure to merge of `size` slots: a greedy matching takes at least a third of a path's."""
+        pairs = max(0, size - self.sinks_of(budget) - self.recent_of(budget) - 1)
+        return -(-pairs // 3) if self.overlap == "disjoint" else pairs
+
+    def _size_after(self, slots: Slots, budget: int, keep: Tensor) -> tuple[int, int]:
+        """The fewest and the most slots a head keeps in a round; asks the device only if it must."""
+        least = budget + 1 if slots.ragged else slots.size  # slots of a row that must let some go
+        if slots.size - budget <= self._sure(least, budget):
+            return budget, budget
+        fewest, most = (int(x) for x in keep.sum(dim=2).aminmax())
+        return fewest, most
+
+    def _content(
+        self, slots: Slots, step: Step, chosen: Tensor, share: Tensor, stored: Tensor, order: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, H_kv, n, d]` of the slots `order` `[B, H_kv, n]`, the chosen pairs merged.
+
+        Keys are combined before rotary embedding and stand at the right slot's position. The codes keep sums of values:
+        with a capped cardinality (`stored`) the mean that is kept here grows beyond the mean.
+        """
+        if kernels.covers(slots.keys, slots.values) and step.rotation.covers(slots.keys.shape[-1]):
+            from kvrepro.kernels import pairs
+
+            return pairs.merge(slots, chosen, share, stored, order, step.rotation.inv_freq)
+        wide = torch.promote_types(slots.keys.dtype, torch.float32)
+        plain = step.rotation.rotate(slots.keys.to(wide), -slots.positions)
         mixed = share * plain[:, :, :-1] + (1 - share) * plain[:, :, 1:]
-        return step.rotation.rotate(mixed, slots.positions[:, :, 1:]).to(slots.keys.dtype)
+        keys = step.rotation.rotate(mixed, slots.positions[:, :, 1:]).to(slots.keys.dtype)
+        left, right = (slots.cardinality[:, :, part].unsqueeze(-1) for part in (slice(0, -1), slice(1, None)))
+        sums = slots.values[:, :, :-1].to(wide) * left + slots.values[:, :, 1:].to(wide) * right
+        values = (sums / stored.clamp_min(1).unsqueeze(-1)).to(slots.values.dtype)
+        return (
+            take(_at_right(slots.keys, chosen, keys), order),
+            take(_at_right(slots.values, chosen, values), order),
+        )
 
 
 def _at_right(x: Tensor, chosen: Tensor, merged: Tensor) -> Tensor:

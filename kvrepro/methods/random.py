@@ -20,6 +20,10 @@ class Random(Method):
     title: ClassVar[str] = "Random eviction"
     kind: ClassVar[str] = "eviction"
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """A step is the same work whatever the slots hold."""
+        return True
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Each token has one random priority for life; keep the highest, which is a uniform sample at every step."""
         heads = torch.arange(slots.keys.shape[1], device=slots.keys.device)[None, :, None]

@@ -69,6 +69,10 @@ class SnapKV(Method):
         )
         return max_pool1d(vote.masked_fill(inside, 0.0), self.kernel, stride=1, padding=self.kernel // 2)
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """A step is the same work whatever the slots hold."""
+        return True
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Keep the window and the best of the rest by vote."""
         return compact(

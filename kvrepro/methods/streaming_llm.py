@@ -30,6 +30,10 @@ class StreamingLLM(Method):
             return None
         return StepRule("age", sinks=self.sinks, recent=budget - self.sinks)
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """Without `recent` a full layer lets one slot go at each step."""
+        return self.recent is None
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Keep `sinks` first and `budget - sinks` last slots; `recent` asks for fewer."""
         recent = budget - self.sinks if self.recent is None else self.recent

@@ -37,6 +37,10 @@ class TOVA(Method):
         row = found["last"].mean(dim=(1, 2), keepdim=True).squeeze(2).float()  # [B, 1, S]
         return dataclasses.replace(slots, stats={"last": row.expand(-1, slots.keys.shape[1], -1).contiguous()})
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """A step is the same work whatever the slots hold."""
+        return True
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Keep the `budget` slots the newest query attends to most."""
         return compact(slots, select(slots, slots.stats["last"], budget, self.sinks, self.recent_of(budget)), budget)

@@ -49,6 +49,10 @@ class WeightedKV(Method):
             return None
         return StepRule("mean", merge=self.merge, sinks=self.sinks, recent=self.recent_of(budget))
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """A step is the same work whatever the slots hold."""
+        return True
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Evict the slots with the least mean attention; each run of evicted values joins the slot on its right."""
         mean = self.mean_attention(slots)

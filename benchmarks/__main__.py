@@ -1,0 +1,164 @@
+"""All timings, each beside its peers and its floor: ``python -m benchmarks``; ``--help`` lists the choices."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvrepro.experiments import speed, targets
+from kvrepro.records import Record, Store, StoreError, read_records
+
+Plan = Mapping[str, Sequence[Mapping[str, Any]]]
+
+READ = ("full", "streaming_llm", "snapkv", "h2o", "weightedkv", "kvmerger", "kvslimmer")
+WRITE = ("full", "streaming_llm", "h2o", "weightedkv", "kvmerger", "kvslimmer")
+LONG = ("full", "h2o", "weightedkv", "kvmerger", "kvslimmer")
+SOME = ("full", "streaming_llm", "weightedkv")
+MERGE = ("kvmerger", "kvslimmer", "d2o", "keepkv")
+PAIRS = ("kvslimmer", "asymkv")
+PRESSES = ("streaming_llm", "snapkv", "observed_attention")
+
+#: What each piece measures, call by call: the arguments of its function in ``kvrepro.experiments.speed``.
+FULL: Plan = {
+    "kvpress": [{"lengths": [8192, 32768], "presses": PRESSES, "repeats": 3}],
+    "prefill": [
+        {"lengths": [4096, 8192, 16384], "methods": READ, "repeats": 5},
+        {"lengths": 32768, "methods": READ, "repeats": 5},
+    ],
+    "long": [
+        {"lengths": 65536, "methods": LONG, "chunk": 16384, "repeats": 1},
+        {"lengths": 131072, "methods": LONG, "chunk": 16384, "repeats": 1},
+    ],
+    "pairs": [
+        {"lengths": 8192, "methods": PAIRS, "budget": 2080, "chunk": 512, "repeats": 3},
+        {"lengths": 32768, "methods": PAIRS, "budget": 2080, "chunk": 512, "repeats": 1},
+    ],
+    "merging": [{"length": 32768, "methods": MERGE, "repeats": 3}],
+    "decode": [
+        {"slots": [1024, 8192], "methods": WRITE, "generate": ["weightedkv"]},
+        {"slots": [2048, 32768], "methods": SOME},
+    ],
+    "compiled": [{"slots": [1024, 8192], "methods": [*SOME, "h2o"], "compile": True, "peers": False}],
+    "batch": [{"slots": 2048, "methods": SOME, "batch": [1, 4, 16, 64]}],
+    "throughput": [{"length": 32768, "methods": SOME}],
+    "perplexity": [{"methods": "weightedkv", "budget": 256, "window": 2048, "rows": 128, "repeats": 2}],
+}
+#: The same at a size for two CPU cores and two minutes.
+QUICK: Plan = {
+    "kvpress": [{"lengths": 128, "presses": "snapkv", "repeats": 1, "steps": 4}],
+    "prefill": [{"lengths": [64, 128], "methods": ["full", "h2o", "weightedkv", "kvslimmer"], "repeats": 2}],
+    "long": [{"lengths": 256, "methods": "weightedkv", "chunk": 128, "repeats": 1}],
+    "pairs": [{"lengths": 128, "methods": PAIRS, "budget": 64, "chunk": 16, "repeats": 1}],
+    "merging": [{"length": 64, "methods": MERGE, "repeats": 1}],
+    "decode": [{"slots": 64, "methods": SOME, "steps": 4, "blocks": 2}],
+    "compiled": [],
+    "batch": [{"slots": 64, "methods": "weightedkv", "batch": 4, "steps": 4, "blocks": 2}],
+    "throughput": [{"length": 64, "methods": "weightedkv", "limit": 4, "steps": 4}],
+    "perplexity": [{"methods": "weightedkv", "budget": 32, "window": 64, "rows": 8, "plain_steps": 8, "repeats": 1}],
+}
+#: The shape each scale measures, and the one of the embedded model, which the perplexity is measured on.
+SHAPES = {"full": "llama-3.1-8b", "quick": "smollm2-135m"}
+EMBEDDED = "smollm2-135m"
+_FUNCTIONS: Mapping[str, Callable[..., list[Record]]] = {
+    "prefill": speed.prefill,
+    "long": speed.prefill,
+    "merging": speed.merging,
+    "decode": speed.decode,
+    "compiled": speed.decode,
+    "batch": speed.decode,
+    "throughput": speed.throughput,
+    "perplexity": speed.perplexity,
+}
+
+
+def run(pieces: Sequence[str], plan: Plan, setup: speed.Setup, peer: speed.Kvpress, embedded: str) -> list[Record]:
+    """Measure some pieces.
+
+    Args:
+        pieces: keys of the plan, in order.
+        plan: what each piece measures.
+        setup: model and device.
+        peer: where kvpress is.
+        embedded: shape that the perplexity is measured on.
+
+    Returns:
+        The records, the device's ceilings first.
+    """
+    records = speed.ceilings(setup)
+    for piece in pieces:
+        for arguments in plan[piece]:
+            records += _one(piece, dict(arguments), setup, peer, embedded)
+    return records
+
+
+def _one(piece: str, arguments: dict[str, Any], setup: speed.Setup, peer: speed.Kvpress, embedded: str) -> list[Record]:
+    """One call of a piece."""
+    if piece == "kvpress":
+        return speed.kvpress(setup, peer=peer, **arguments)
+    if piece == "pairs":
+        return speed.prefill(setup, experiment="pairs", peers=False, **arguments)
+    if piece == "perplexity":
+        setup = speed.Setup(embedded, setup.device, setup.dtype, setup.seed)
+    return _FUNCTIONS[piece](setup, **arguments)
+
+
+def _pieces(names: str) -> list[str]:
+    """The pieces asked for, in the plan's order."""
+    asked = list(FULL) if names == "all" else [name for name in names.split(",") if name and name != "none"]
+    if unknown := sorted(set(asked) - set(FULL)):
+        raise click.BadParameter(f"no piece {', '.join(unknown)}; there are {', '.join(FULL)}, all and none")
+    return [name for name in FULL if name in asked]
+
+
+def _peer(python: str | None, path: str | None) -> speed.Kvpress:
+    """Where kvpress is, from the options."""
+    script = str(Path(__file__).with_name("kvpress_peer.py"))
+    return speed.Kvpress(script, python or (sys.executable if path else None), path)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--piece", "names", default="all", help=f"Pieces, separated by commas, of: {', '.join(FULL)}.")
+@click.option("--quick", is_flag=True, help="A toy size, for two CPU cores.")
+@click.option("--shape", default=None, help="Model shape; default llama-3.1-8b, or smollm2-135m with --quick.")
+@click.option("--device", default=None, help="Device; default a GPU where there is one.")
+@click.option("--dtype", default=None, help="Number format; default bfloat16 on a GPU, float32 on a CPU.")
+@click.option("--out", default=None, type=click.Path(file_okay=False), help="Folder of the records (results/local).")
+@click.option("--kvpress-python", default=None, help="Interpreter of an environment with kvpress.")
+@click.option("--kvpress-path", default=None, help="Folder with kvpress and its transformers, for this interpreter.")
+def main(
+    names: str,
+    quick: bool,
+    shape: str | None,
+    device: str | None,
+    dtype: str | None,
+    out: str | None,
+    kvpress_python: str | None,
+    kvpress_path: str | None,
+) -> None:
+    """Time prompts, merging, decoding, batches and perplexity beside their peers and their floors.
+
+    Every cell is one record in the store. What is there already, measured by the same code on the same hardware, is not
+    measured again. With --piece none only the tables of what is there are printed.
+    """
+    if out is not None:
+        os.environ["KVREPRO_RESULTS"] = out
+    pieces = _pieces(names)
+    setup = speed.Setup(shape or SHAPES["quick" if quick else "full"], device, dtype)
+    try:
+        if pieces:
+            records = run(pieces, QUICK if quick else FULL, setup, _peer(kvpress_python, kvpress_path), EMBEDDED)
+        else:
+            records = read_records(Store.default().folder / "speed.jsonl")
+    except (StoreError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(targets.text(targets.board(records)))
+    click.echo(targets.text(targets.verdicts(records)))
+
+
+if __name__ == "__main__":
+    main()

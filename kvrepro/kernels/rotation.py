@@ -1,0 +1,75 @@
+"""Turn keys by a number of positions; the twin is `rope.Rotation.rotate`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def cos_sin(angle):
+    """Cosine and sine to 1e-6, without the slow path that libraries keep for huge angles.
+
+    Whole turns go in three exact pieces of 2 pi, the quarter of the rest into Taylor series, and twice the angle twice.
+    """
+    turns = tl.floor(angle * 0.15915494309189535 + 0.5)
+    rest = ((angle - turns * 6.28125) - turns * 1.93500518798828125e-3) - turns * 3.0199159819567e-7
+    x = rest * 0.25
+    y = x * x
+    sin = x * (1.0 + y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880)))))
+    cos = 1.0 + y * (-0.5 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320))))
+    sin, cos = 2.0 * sin * cos, 1.0 - 2.0 * sin * sin
+    return 1.0 - 2.0 * sin * sin, 2.0 * sin * cos
+
+
+@triton.jit
+def turn(low, high, angle):
+    """Both halves of keys turned by `angle` radians, in float32."""
+    cos, sin = cos_sin(angle)
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
+def _rotate(
+    k_ptr, shift_ptr, freq_ptr, out_ptr, k_b, k_h, k_s, heads, size, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Grid (blocks of slots, B * H)."""
+    head = tl.program_id(1).to(tl.int64)
+    half: tl.constexpr = D // 2
+    slot, dim = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, half)
+    inside = slot < size
+    known = inside[:, None]
+    source = k_ptr + head // heads * k_b + head % heads * k_h + slot[:, None] * k_s + dim[None, :]
+    low, high = tl.load(source, mask=known, other=0.0), tl.load(source + half, mask=known, other=0.0)
+    shift = tl.load(shift_ptr + head * size + slot, mask=inside, other=0)
+    angle = shift.to(tl.float32)[:, None] * tl.load(freq_ptr + dim)[None, :]
+    new_low, new_high = turn(low.to(tl.float32), high.to(tl.float32), angle)
+    moved = shift[:, None] != 0  # what is not moved keeps its bits
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    target = out_ptr + (head * size + slot[:, None]) * D + dim[None, :]
+    tl.store(target, tl.where(moved, new_low.to(kind), low), mask=known)
+    tl.store(target + half, tl.where(moved, new_high.to(kind), high), mask=known)
+
+
+def rotate(keys: Tensor, shift: Tensor, frequencies: Tensor) -> Tensor:
+    """Keys `[B, H, S, d]` moved by `shift` `[B, H, S]` positions, all of their dimensions rotated.
+
+    Args:
+        keys: as the model rotated them.
+        shift: int32 or int64.
+        frequencies: `[d / 2]`, radians per position.
+
+    Returns:
+        `[B, H, S, d]` in the keys' dtype.
+    """
+    keys = keys if keys.stride(-1) == 1 else keys.contiguous()
+    b, h, size, d = keys.shape
+    out = keys.new_empty(b, h, size, d)
+    block = 16 if d > 128 else 32
+    _rotate[(triton.cdiv(size, block), b * h)](
+        keys, shift.expand(b, h, size).contiguous(), frequencies.to(keys.device, torch.float32), out,
+        *keys.stride()[:3], h, size, D=d, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,246 @@
+"""The timings at toy size: every piece gives records with floors, failures stay where they are, targets go by rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import __main__ as benchmarks
+from kvrepro import models
+from kvrepro.experiments import speed, targets
+from kvrepro.records import Cell, Record, Store, Value
+
+TOY = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+PLAN: benchmarks.Plan = {
+    "kvpress": [{"lengths": 32, "presses": "snapkv", "repeats": 1, "steps": 2}],
+    "prefill": [{"lengths": 32, "methods": ["full", "h2o", "kvmerger"], "repeats": 2}],
+    "long": [{"lengths": 48, "methods": "weightedkv", "chunk": 16, "repeats": 1}],
+    "pairs": [{"lengths": 48, "methods": ["kvslimmer", "asymkv"], "budget": 32, "chunk": 8, "repeats": 1}],
+    "merging": [{"length": 32, "methods": ["kvmerger", "keepkv"], "repeats": 2}],
+    "decode": [{"slots": 24, "methods": ["full", "weightedkv"], "steps": 2, "blocks": 2, "generate": "weightedkv"}],
+    "batch": [{"slots": 24, "methods": "kvmerger", "batch": [2], "steps": 2, "blocks": 2}],
+    "throughput": [{"length": 32, "methods": "weightedkv", "limit": 3, "steps": 2}],
+    "perplexity": [
+        {"methods": "weightedkv", "budget": 16, "window": 32, "rows": 2, "plain_steps": 2, "repeats": 2},
+    ],
+}
+NO_KVPRESS = speed.Kvpress("kvpress_peer.py")
+
+
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch) -> speed.Setup:
+    """A model of a few thousand weights, and a small copy for the bandwidth."""
+    monkeypatch.setitem(models.SHAPES, "toy", TOY)
+    monkeypatch.setitem(speed.COPIED, "cpu", 1 << 20)
+    monkeypatch.setitem(speed.MULTIPLIED, "cpu", 64)
+    models.identity.cache_clear()
+    speed.release()
+    return speed.Setup("toy", "cpu")
+
+
+def test_every_piece_gives_records_with_floor_and_peak(setup: speed.Setup) -> None:
+    records = benchmarks.run(list(PLAN), PLAN, setup, NO_KVPRESS, "toy")
+    statuses = {(record.cell.experiment, record.status) for record in records if "kvpress" not in str(record.cell)}
+    assert {status for _, status in statuses} == {"ok"}, [r.reason for r in records if r.status == "error"]
+    measured = {"prefill", "pairs", "merging", "decode", "throughput", "perplexity"}
+    assert {name for name, _ in statuses} == {"ceilings", *measured}
+    for record in records:
+        cell, extra = record.cell, record.value.extra
+        assert cell.params["hardware"] and cell.params["dtype"] == "float32" and cell.data == "random tokens"
+        if cell.experiment in measured and record.status == "ok":
+            assert record.value.value > 0 and extra["floor"] > 0 and extra["bytes"] > 0 and len(extra["times"]) > 0
+            assert extra.get("peak", 1) > 0 and targets.share(record) > 0
+    again = benchmarks.run(list(PLAN), PLAN, setup, NO_KVPRESS, "toy")
+    assert [record.key for record in again] == [record.key for record in records]  # nothing is measured twice
+    table = targets.board(records)
+    assert len(table) == len({record.cell.identity for record in records})
+    peers = table[(table.piece == "prefill") & table.peer.isna()]
+    assert peers.ratio.notna().all()
+
+
+def test_the_floor_counts_what_cannot_be_left_out() -> None:
+    shape = speed.Shape(weights=1000, read=900, matrices=100, layers=2, width=8, slot=10)
+    at_once = shape.reading(6, None, 6)
+    assert at_once.flops == 2 * 100 * 6 + 4 * (6 * 7 / 2) * 8 * 2
+    assert at_once.bytes == 900 + 10 * 6
+    in_chunks = shape.reading(6, 4, 3)  # the second chunk has 2 tokens and sees 3 slots
+    assert in_chunks.flops == 2 * 100 * 6 + 4 * (4 * 5 / 2 + 2 * 3 + 2 * 3 / 2) * 8 * 2
+    assert in_chunks.bytes == 2 * 900 + 10 * (3 + 6)
+    assert shape.step(3, 500) == speed.Work(2.0 * 100 * 3, 1400.0)
+
+
+def test_sizes_are_the_models_own(setup: speed.Setup) -> None:
+    model = setup.load()
+    shape = speed.Shape.of(model)
+    assert shape.weights == shape.read == 4 * sum(p.numel() for p in model.parameters())  # tied: the table is read
+    per_layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48
+    assert (shape.matrices, shape.width, shape.slot) == (2 * per_layer, 32, 2 * 2 * 2 * 8 * 4)
+
+
+def test_running_out_of_memory_costs_one_record(setup: speed.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = speed._read
+
+    def fail(model: Any, ids: torch.Tensor, variant: Any, *rest: Any) -> Any:
+        if variant.method == "h2o":
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        return read(model, ids, variant, *rest)
+
+    monkeypatch.setattr(speed, "_read", fail)
+    records = speed.prefill(setup, [32], ["h2o", "streaming_llm"], repeats=1)
+    assert [record.status for record in records] == ["ok", "oom", "ok"]
+    assert "20 GiB" in records[1].reason and records[1].cell.params["length"] == 32
+    assert (targets.board(records).status == "oom").sum() == 1
+
+
+@pytest.mark.parametrize(("fits", "guess"), [(1, 40), (7, 1), (37, 50), (37, 30), (64, 64), (64, 10)])
+def test_the_largest_batch_is_found_to_a_sixteenth(fits: int, guess: int) -> None:
+    found, tried, value = speed.largest_batch(lambda rows: rows if rows <= fits else None, guess, 64)
+    assert found == value and fits - max(1, fits // 16) <= found <= fits
+    assert len(tried) < 12
+
+
+def test_no_batch_fits() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="not even one row"):
+        speed.largest_batch(lambda rows: None, 8, 64)
+
+
+def test_kvpress_absent_is_skipped_with_the_reason(setup: speed.Setup) -> None:
+    records = speed.kvpress(setup, 32, ["snapkv", "observed_attention"], NO_KVPRESS)
+    assert {record.status for record in records} == {"skipped"}
+    assert "--kvpress-python" in records[0].reason
+    assert [record.cell.method for record in records] == ["snapkv", "snapkv", "h2o", "h2o"]
+
+
+def test_kvpress_answers_become_records(setup: speed.Setup, tmp_path: Path) -> None:
+    versions = {"kvpress": "9.9", "transformers": "5.2.0"}
+    good = {"press": "snapkv", "length": 32, "versions": versions, "times": [0.2, 0.1, 0.3]}
+    good |= {"steps": [0.01, 0.02], "peak": 5, "cache": 7}
+    full = {"press": "observed_attention", "length": 32, "versions": versions, "oom": "CUDA out of memory"}
+    script = tmp_path / "peer.py"
+    lines = f"for row in {json.dumps([good, full])}: print(json.dumps(row))"
+    version = f"print(json.dumps({versions}))"
+    script.write_text(f"import json, sys\nif '--version' in sys.argv: {version}\nelse:\n    {lines}\n")
+    peer = speed.Kvpress(str(script), sys.executable)
+    prompt, step, *failed = speed.kvpress(setup, 32, ["snapkv", "observed_attention"], peer)
+    assert (prompt.value.value, step.value.value) == (0.2, 10.0)
+    assert prompt.cell.params["peer"] == "kvpress 9.9 snapkv" and prompt.value.extra["versions"] == versions
+    assert prompt.cell.options == {"compression_ratio": 0.75}
+    assert [record.status for record in failed] == ["oom", "oom"]
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+def record(experiment: str, value: float | None, label: str = "full", **params: Any) -> Record:
+    """A record as the H100 could have given it."""
+    extra: Mapping[str, Any] = params.pop("extra", {})
+    model = params.pop("model", "llama-3.1-8b")
+    unit = {"decode": "ms", "throughput": "tokens/s", "perplexity": "tokens/s"}.get(experiment, "s")
+    cell = Cell(
+        paper="speed",
+        experiment=experiment,
+        metric="m",
+        unit=unit,
+        method=label,
+        model=model,
+        model_sha256="0",
+        data="random tokens",
+        data_sha256="0",
+        params={"label": label, "hardware": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", **params},
+    )
+    status = "ok" if value is not None else "oom"
+    return Record(cell.identity, cell, Value(value, None, 1, extra), status, "", {"date": "2026-01-01"})
+
+
+def verdict(records: list[Record], name: str) -> str:
+    """The verdict of one target."""
+    table = targets.verdicts(records).set_index("target")
+    return str(table.verdict[name])
+
+
+def test_nothing_measured_nothing_claimed() -> None:
+    assert set(targets.verdicts([]).verdict) == {targets.UNKNOWN}
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(1.25, "met"), (1.26, "not met")])
+def test_a_prompts_time_is_judged_against_sdpa(seconds: float, expected: str) -> None:
+    peer = record("prefill", 1.0, length=32768, peer=speed.TRANSFORMERS, extra={"peak": 100, "times": [1.0]})
+    ours = record("prefill", seconds, "h2o", length=32768, extra={"peak": 101, "floor": 0.5, "times": [seconds]})
+    assert verdict([peer, ours], "32k prompt, h2o") == expected
+    assert verdict([peer, ours], "32k prompt, peak memory, h2o") == "not met"
+    assert verdict([ours], "32k prompt, h2o") == "not measured"  # no peer beside it
+    row = targets.verdicts([peer, ours]).set_index("target").loc["32k prompt, h2o"]
+    assert row["share of floor"] == 0.5 / seconds
+
+
+def test_a_long_prompt_must_run() -> None:
+    name = "128k prompt in chunks, weightedkv"
+    assert verdict([record("prefill", 20.0, "weightedkv", length=131072, extra={"floor": 9.0})], name) == "met"
+    assert verdict([record("prefill", None, "weightedkv", length=131072)], name) == "not met"
+
+
+def test_the_faster_way_to_decode_counts_and_is_compared_with_the_same_way() -> None:
+    def step(label: str, ms: float, compiled: bool) -> Record:
+        return record("decode", ms, label, slots=1024, batch=1, compile=compiled)
+
+    found = [step("weightedkv", 7.5, False), step("weightedkv", 6.9, True)]
+    found += [step("streaming_llm", 5.0, False), step("streaming_llm", 6.5, True)]
+    assert verdict(found, "decoding at 1,024 slots, weightedkv") == "met"
+    assert verdict(found, "merging every step at 1,024 slots, weightedkv") == "met"
+    assert verdict(found, "decoding at 8,192 slots, weightedkv") == "not measured"
+
+
+def test_other_targets() -> None:
+    merge = record("merging", 0.05, "d2o", length=32768, extra={"share": 0.031, "times": [0.05]})
+    assert verdict([merge], "one-shot merging at 32k, d2o") == "not met"
+    ours = record("pairs", 0.7, "kvslimmer", length=8192, extra={"peak": 70})
+    theirs = record("pairs", 1.0, "asymkv", length=8192, extra={"peak": 100})
+    assert verdict([ours, theirs], "8k prompt, KVSlimmer against AsymKV, time") == "met"
+    assert verdict([ours, theirs], "8k prompt, KVSlimmer against AsymKV, memory") == "met"
+    full = record("throughput", 400.0, length=32768, peer=speed.TRANSFORMERS, extra={"batch": 14})
+    many = record("throughput", 900.0, "weightedkv", length=32768, extra={"batch": 50})
+    assert verdict([full, many], "largest batch at 32k, weightedkv") == "met"
+
+
+def test_perplexity_has_one_target_a_device() -> None:
+    same = {"label": "weightedkv", "model": "smollm2-135m", "extra": {"times": [1.0]}}
+    fast = record("perplexity", 30000.0, batch=128, **same)
+    loop = record("perplexity", 40.0, batch=1, peer=speed.PLAIN_LOOP, **same)
+    assert verdict([fast, loop], "perplexity, weightedkv") == "met"
+    assert verdict([fast, loop], "perplexity on a CPU, weightedkv") == "not measured"
+    here = [
+        dataclasses.replace(r, cell=dataclasses.replace(r.cell, params={**r.cell.params, "hardware": "AMD EPYC"}))
+        for r in (record("perplexity", 190.0, batch=16, **same), loop)
+    ]
+    assert verdict(here, "perplexity on a CPU, weightedkv") == "not met"
+    assert verdict(here, "perplexity, weightedkv") == "not measured"
+
+
+def test_the_command_prints_tables_of_what_is_there(setup: speed.Setup, tmp_path: Path) -> None:
+    speed.ceilings(setup)
+    folder = str(Store.default().folder)
+    shown = CliRunner().invoke(benchmarks.main, ["--piece", "none", "--out", folder])
+    assert shown.exit_code == 0 and "ceilings" in shown.output and "not measured" in shown.output
+    wrong = CliRunner().invoke(benchmarks.main, ["--piece", "prefil"])
+    assert wrong.exit_code == 2 and "no piece prefil" in wrong.output
