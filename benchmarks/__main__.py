@@ -16,37 +16,34 @@ from kvrepro.records import Record, Store, StoreError, read_records
 Plan = Mapping[str, Sequence[Mapping[str, Any]]]
 
 READ = ("full", "streaming_llm", "snapkv", "h2o", "weightedkv", "kvmerger", "kvslimmer")
-WRITE = ("full", "streaming_llm", "h2o", "weightedkv", "kvmerger", "kvslimmer")
-LONG = ("full", "h2o", "weightedkv", "kvmerger", "kvslimmer")
+WRITE = ("full", "streaming_llm", "h2o", "weightedkv", "kvmerger")
 SOME = ("full", "streaming_llm", "weightedkv")
-MERGE = ("kvmerger", "kvslimmer", "d2o", "keepkv")
+MERGE = ("weightedkv", "kvmerger", "kvslimmer", "d2o", "keepkv")
 PAIRS = ("kvslimmer", "asymkv")
 PRESSES = ("streaming_llm", "snapkv", "observed_attention")
 
 #: What each piece measures, call by call: the arguments of its function in ``kvrepro.experiments.speed``.
 FULL: Plan = {
-    "kvpress": [{"lengths": [8192, 32768], "presses": PRESSES, "repeats": 3}],
     "prefill": [
-        {"lengths": [4096, 8192, 16384], "methods": READ, "repeats": 5},
-        {"lengths": 32768, "methods": READ, "repeats": 5},
+        {"lengths": 32768, "methods": READ, "repeats": 3},
+        {"lengths": [4096, 16384], "methods": READ, "repeats": 3},
     ],
-    "long": [
-        {"lengths": 65536, "methods": LONG, "chunk": 16384, "repeats": 1},
-        {"lengths": 131072, "methods": LONG, "chunk": 16384, "repeats": 1},
-    ],
-    "pairs": [
-        {"lengths": 8192, "methods": PAIRS, "budget": 2080, "chunk": 512, "repeats": 3},
-        {"lengths": 32768, "methods": PAIRS, "budget": 2080, "chunk": 512, "repeats": 1},
-    ],
-    "merging": [{"length": 32768, "methods": MERGE, "repeats": 3}],
+    "pairs": [{"lengths": [8192, 32768], "methods": PAIRS, "budget": 2080, "chunk": 512, "repeats": 1}],
+    "merging": [{"length": 32768, "methods": MERGE, "repeats": 2}],
+    "compiled": [{"slots": [1024, 8192], "methods": WRITE, "compile": True, "peers": False}],
     "decode": [
-        {"slots": [1024, 8192], "methods": WRITE, "generate": ["weightedkv"]},
-        {"slots": [2048, 32768], "methods": SOME},
+        {"slots": [1024, 8192], "methods": [], "blocks": 2, "steps": 32, "generate": ["weightedkv"]},
+        {"slots": [1024, 8192], "methods": ["streaming_llm", "weightedkv"], "peers": False},
+        {"slots": 32768, "methods": SOME, "peers": False},
     ],
-    "compiled": [{"slots": [1024, 8192], "methods": [*SOME, "h2o"], "compile": True, "peers": False}],
-    "batch": [{"slots": 2048, "methods": SOME, "batch": [1, 4, 16, 64]}],
-    "throughput": [{"length": 32768, "methods": SOME}],
-    "perplexity": [{"methods": "weightedkv", "budget": 256, "window": 2048, "rows": 128, "repeats": 2}],
+    "batch": [{"slots": 2048, "methods": SOME, "batch": [1, 4, 16, 64], "steps": 32, "peers": False}],
+    "perplexity": [{"methods": "weightedkv", "budget": 256, "window": 2048, "rows": 128, "repeats": 1}],
+    "long": [
+        {"lengths": 131072, "methods": ["h2o", "weightedkv", "kvmerger"], "chunk": 16384, "repeats": 1},
+        {"lengths": 65536, "methods": ["h2o", "weightedkv"], "chunk": 16384, "repeats": 1},
+    ],
+    "throughput": [{"length": 32768, "methods": "weightedkv"}],
+    "kvpress": [{"lengths": [8192, 32768], "presses": PRESSES, "repeats": 2}],
 }
 #: The same at a size for two CPU cores and two minutes.
 QUICK: Plan = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -58,22 +59,23 @@ class FixedLayer:
 
 
 def repeats(model: PreTrainedModel, cache: CompressedCache, chunk: int) -> bool:
+    """Whether reading one more chunk is worth capturing: on a GPU, if it is the work of the one before."""
+    return model.device.type == "cuda" and full_and_steady(cache, chunk)
+
+
+def full_and_steady(cache: CompressedCache, chunk: int) -> bool:
     """Whether reading one more chunk of text is the work of the one before, launch for launch."""
     layers = cache.compressed
-    method = cache.method
-    return (
-        model.device.type == "cuda"
-        and len(layers) == len(cache.layers)
-        and not method.shares_layers
-        and all(
-            layer.active
-            and layer.record is None
-            and layer.slots is not None
-            and layer.slots.size == layer.budget
-            and not layer.slots.ragged
-            and layer.method.steady(layer.budget, chunk)
-            for layer in layers
-        )
+    if len(layers) != len(cache.layers) or cache.method.shares_layers:
+        return False
+    return all(
+        layer.active
+        and layer.record is None
+        and layer.slots is not None
+        and layer.slots.size == layer.budget
+        and not layer.slots.ragged
+        and layer.method.steady(layer.budget, chunk)
+        for layer in layers
     )
 
 
@@ -92,23 +94,42 @@ class RepeatedChunk:
             part: a chunk of tokens `[B, chunk]`.
         """
         self._layers = cache.compressed
-        self._chunk = part.shape[1]
+        self._read = read
         self._tokens = part.clone()
-        fixed = [FixedLayer(layer) for layer in self._layers]
-        seen = [(layer.seen, layer._since) for layer in self._layers]
-        self._graph = torch.cuda.CUDAGraph()
-        with unmasked(), torch.cuda.graph(self._graph):
-            places = torch.arange(self._chunk, device=part.device) + self._layers[0].row_tokens[:, None]
-            self._logits = read(self._tokens, places.long())
-            for layer in fixed:
-                layer.copy_back()
-        for layer, (tokens, since) in zip(self._layers, seen, strict=True):
-            layer.seen, layer._since = tokens, since
+        self._fixed = [FixedLayer(layer) for layer in self._layers]
+        self._logits: Tensor | None = None
+        with self._counted(0):
+            self._replay = capture(self._once, part.device)
+
+    def _once(self) -> None:
+        """Read the tokens that lie there; in a capture this is what is captured."""
+        places = torch.arange(self._tokens.shape[1], device=self._tokens.device) + self._layers[0].row_tokens[:, None]
+        with unmasked():
+            self._logits = self._read(self._tokens, places.long())
+        for layer in self._fixed:
+            layer.copy_back()
+
+    @contextmanager
+    def _counted(self, tokens: int) -> Iterator[None]:
+        """Inside, a chunk is read or captured; afterwards the layers have seen `tokens` more than before."""
+        before = [(layer.seen, layer._since) for layer in self._layers]
+        yield
+        for layer, (seen, since) in zip(self._layers, before, strict=True):
+            layer.seen, layer._since = seen + tokens, since
 
     def __call__(self, part: Tensor) -> Tensor:
         """Read the next chunk `[B, chunk]`; returns its logits."""
         self._tokens.copy_(part)
-        self._graph.replay()
-        for layer in self._layers:
-            layer.seen += self._chunk
+        with self._counted(part.shape[1]):
+            self._replay()
         return self._logits.clone()
+
+
+def capture(body: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What does the body's work again: a CUDA graph's replay, or on other devices the body itself."""
+    if device.type != "cuda":
+        return body
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    return graph.replay

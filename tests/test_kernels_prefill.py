@@ -184,7 +184,7 @@ def test_pairs_merge_as_in_the_twin(label: str, ragged: bool, request: pytest.Fi
         "overlapping": {"overlap": "released"},
     }[label]
     name = "asymkv" if label == "asymkv" else "kvslimmer"
-    method = methods.create(name, sinks=2, recent=8, window=12, **options)
+    method = methods.create(name, sinks=2, recent=8, queries=12, **options)
     torch.manual_seed(len(label) + ragged)
     step, slots = cast(*problem(64, 2, 16, 64, ragged=False, merged=True), torch.float32)
     step = dataclasses.replace(step, positions="cardinality")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 #: Evicted slots and kept slots of a tile of `nearest`, slots that a tile of the other kernels holds, warps.
 CONFIG = {
-    "queries": 128, "kept": 64, "nearest_warps": 8, "nearest_stages": 3, "nearest_registers": 0,
+    "queries": 128, "kept": 64, "nearest_warps": 4, "nearest_stages": 4, "nearest_registers": 0,
     "rows": 64, "row_warps": 4, "chunk": 64,
     "exact_chunk": 16, "mix_warps": 8, "held": 32768, "scan": 4096, "scan_warps": 16,
 }  # fmt: skip

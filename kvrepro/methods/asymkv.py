@@ -43,7 +43,7 @@ class AsymKV(PairMerging):
                 stacklevel=2,
             )
         found = step.gradients
-        squares = forward_fisher(slots, step.last(self.window)) if found is None else found.square()
+        squares = forward_fisher(slots, step.last(self.queries)) if found is None else found.square()
         slots = dataclasses.replace(slots, stats={**slots.stats, "fisher": squares})
         slots = super().compress(slots, budget, step)
         return dataclasses.replace(slots, stats={n: x for n, x in slots.stats.items() if n != "fisher"})

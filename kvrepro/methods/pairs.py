@@ -45,12 +45,12 @@ class PairMerging(Method):
         "ours: no token is lost; 'released' (code) picks all pairs at once, overlapping ones lose tokens",
         ("disjoint", "released"),
     )
-    window: int = option(512, "code: a chunk's 512 queries judge; of a longer pass the last 512 (ours)")
+    queries: int = option(512, "code: a chunk's 512 queries judge; of a longer pass the last 512 (ours)")
 
     def __post_init__(self) -> None:
         """Check the options' values."""
         super().__post_init__()
-        self.require_whole("window", 1)
+        self.require_whole("queries", 1)
 
     def sinks_of(self, budget: int) -> int:
         """32, or an eighth of a small budget, unless set."""
@@ -85,7 +85,7 @@ class PairMerging(Method):
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Merge pairs in rounds until the cache fits; each round looks at the attention to the present slots."""
-        step = step.last(self.window)
+        step = step.last(self.queries)
         ragged = slots.ragged
         while slots.size > budget:
             before = slots.size
