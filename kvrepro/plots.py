@@ -258,8 +258,9 @@ def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
     """
     named = any(name is not None for name in frame.index.names)
     body = frame.to_html(index=named, border=0, float_format=lambda x: f"{x:.{digits}g}", na_rep="–", classes="table")
-    inside = f'<caption style="caption-side: top; text-align: left;">{html.escape(caption)}</caption><thead>'
-    display(HTML(f'<div style="overflow-x: auto;">{body.replace("<thead>", inside, 1)}</div>'))
+    # The caption stands outside of what scrolls, so that it can be read beside a table wider than the page.
+    said = f"<figcaption>{html.escape(caption)}</figcaption>"
+    display(HTML(f'<figure class="data">{said}<div style="overflow-x: auto;">{body}</div></figure>'))
 
 
 def mixture_boxes(axes: Axes, mixture: np.ndarray, left: float, keys: Sequence[int], colours: Sequence[str]) -> None:

@@ -132,8 +132,14 @@ def _row(table: Board, record: Record) -> dict[str, Any]:
 
 def plain(frame: pd.DataFrame) -> pd.DataFrame:
     """A table to read: counts as whole numbers, without the columns that :data:`REPEATED` names."""
-    counts = {name: "Int64" for name in ("length", "slots", "batch") if name in frame}
-    return frame.drop(columns=REPEATED, errors="ignore").astype(counts)
+    frame = frame.drop(columns=REPEATED, errors="ignore")
+    counts = {name: frame[name].map(_count) for name in ("length", "slots", "batch") if name in frame}
+    return frame.assign(**counts)
+
+
+def _count(value: float | None) -> str:
+    """A whole number for people, or nothing."""
+    return "" if value is None or pd.isna(value) else f"{int(value):,}"
 
 
 def text(frame: pd.DataFrame) -> str:
@@ -321,7 +327,7 @@ def _decode_targets(where: dict[str, object]) -> list[Target]:
             found.append(Target(name, limit, True, "ms a token", _step(label, slots, where), "ms"))
         for label in ("weightedkv", "kvmerger", "kvslimmer"):
             find = _step(label, slots, where, "streaming_llm")
-            name = f"merging every step at {slots:,} slots, {label}"
+            name = f"merging while decoding at {slots:,} slots, {label}"
             found.append(Target(name, 1.10, True, "x StreamingLLM", find, "ms"))
     return found
 
@@ -337,6 +343,27 @@ def _merge_targets(where: dict[str, object]) -> list[Target]:
         found.append(Target(f"{name}, time", 0.72, True, "x AsymKV", _pair(length, where), "s"))
         found.append(Target(f"{name}, memory", 0.71, True, "x AsymKV", _pair(length, where, "peak"), "bytes"))
     return found
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns of :func:`verdicts` that fit a page: values with their units, the floor as a share in per cent."""
+
+    def value(row: pd.Series, name: str) -> str:
+        """A value with its unit, or a dash."""
+        x = row[name]
+        return "–" if pd.isna(x) else f"{x:,.0f} {row.unit}" if x >= 1000 else f"{x:.4g} {row.unit}"
+
+    return pd.DataFrame(
+        {
+            "target": table.target,
+            "limit": table.limit,
+            "measured": [value(row, "measured") for _, row in table.iterrows()],
+            "peer": [value(row, "peer") for _, row in table.iterrows()],
+            "judged": table.judged,
+            "verdict": table.verdict,
+            "% of floor's speed": 100 * table["share of floor"].astype(float),
+        }
+    )
 
 
 def verdicts(records: Iterable[Record], chosen: Sequence[Target] | None = None) -> pd.DataFrame:
