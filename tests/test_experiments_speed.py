@@ -207,7 +207,7 @@ def test_the_faster_way_to_decode_counts_and_is_compared_with_the_same_way() -> 
     found = [step("weightedkv", 7.5, False), step("weightedkv", 6.9, True)]
     found += [step("streaming_llm", 5.0, False), step("streaming_llm", 6.5, True)]
     assert verdict(found, "decoding at 1,024 slots, weightedkv") == "met"
-    assert verdict(found, "merging every step at 1,024 slots, weightedkv") == "met"
+    assert verdict(found, "merging while decoding at 1,024 slots, weightedkv") == "met"
     assert verdict(found, "decoding at 8,192 slots, weightedkv") == "not measured"
 
 
