@@ -135,7 +135,7 @@ def _mean(samples: torch.Tensor) -> tuple[float, float | None]:
 
 @click.group("eval")
 def evaluate() -> None:
-    """Measure one method on one text: perplexity, fidelity to the full cache, or finding a needle."""
+    """Measure methods: perplexity, fidelity to the full cache, a needle, or long-context tasks."""
 
 
 @evaluate.command("ppl", epilog="\b\nExample:\n  kvrepro eval ppl weightedkv --budget 256 --window 1024 --json")
