@@ -1,4 +1,4 @@
-"""The command ``kvrepro``: methods, run, eval, build, compare, doctor, fetch.
+"""The command ``kvrepro``: methods, run, eval, build, compare, ledger, doctor, fetch.
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 130 stopped. Errors are one line; ``--debug`` shows where they come from.
 """
@@ -18,8 +18,10 @@ import kvrepro
 from kvrepro import assets, methods
 from kvrepro.book.project import PROFILES, Project
 from kvrepro.cli_eval import evaluate
+from kvrepro.cli_tasks import COMMANDS
 from kvrepro.compare import RTOL, Comparison, compare
 from kvrepro.doctor import examine
+from kvrepro.ledger import PAPERS, counts, ledger
 
 _PROFILE = click.Choice(list(PROFILES))
 _FAILURES = (OSError, RuntimeError)  # what this package and its libraries raise when something cannot be done
@@ -154,6 +156,20 @@ def compare_command(a: Path, b: Path, rtol: float, as_json: bool, show_all: bool
         raise SystemExit(1)
 
 
+@cli.command("ledger", epilog=_example("kvrepro ledger", "kvrepro ledger --paper KVMerger", "kvrepro ledger --json"))
+@click.option("--paper", type=click.Choice(PAPERS, case_sensitive=False), help="Only this paper's claims.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def ledger_command(paper: str | None, as_json: bool) -> None:
+    """Say what the papers claim and what the published records make of it: verdicts by rule, never typed."""
+    entries = [entry for entry in ledger() if paper in (None, entry.claim.paper)]
+    if as_json:
+        click.echo(json.dumps([entry.as_dict() for entry in entries], indent=1))
+        return
+    rows = [(entry.claim.id, entry.verdict, entry.state or "no records", entry.claim.text) for entry in entries]
+    _print_table(("claim", "verdict", "records", "text"), rows)
+    click.echo(", ".join(f"{number} {verdict}" for verdict, number in counts(entries).items()))
+
+
 def _print_comparison(found: Comparison, a: Path, b: Path, show_all: bool) -> None:
     shown = found.pairs if show_all else found.disagreements
     if shown:
@@ -202,6 +218,8 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join([*cells, row[-1]]).rstrip())
 
 
+for task_command in COMMANDS:
+    evaluate.add_command(task_command)
 cli.add_command(evaluate)
 
 

@@ -293,10 +293,14 @@ def _parameters(record: Record) -> str:
 
 
 def provenance(records: Iterable[Record]) -> None:
-    """Show, folded, where a page's numbers come from: a row a record with its key, value, date, commit and machine."""
-    rows = []
+    """Show, folded, where a page's numbers come from: a row a record with its key, value, date, commit and machine.
+
+    Its title says how many were made by other code than is here now, where any were.
+    """
+    rows, stale = [], 0
     for record in records:
         run, value = record.provenance, record.value
+        stale += not record.is_current
         shown = "in the figure" if value.value is None else f"{value.value:.4g}"
         spread = "" if value.spread is None else f" ± {value.spread:.2g}"
         commit = (run.get("commit") or "none")[:10] + (" + changes" if run.get("dirty") else "")
@@ -317,5 +321,7 @@ def provenance(records: Iterable[Record]) -> None:
         )
     body = pd.DataFrame(rows).to_html(index=False, border=0, classes="table")
     title = f"Where the numbers on this page come from ({len(rows)} record{'s' * (len(rows) != 1)})"
+    if stale:
+        title += f"; {stale} of {len(rows)} were made by other code than this version's"
     folded = f'<summary>{title}</summary><div style="overflow-x: auto;">{body}</div>'
     display(HTML(f'<details class="kv-provenance">{folded}</details>'))

@@ -49,12 +49,17 @@ class TestHelp:
     def test_every_command_explains_itself(self, kv: Any) -> None:
         code, out, _ = kv("--help")
         assert code == 0
-        for command in ("methods", "run", "eval", "build", "compare", "doctor", "fetch"):
+        for command in ("methods", "run", "eval", "build", "compare", "ledger", "doctor", "fetch"):
             assert command in out
             code, text, _ = kv(command, "--help")
             assert code == 0 and "Usage: kvrepro" in text
         for command in ("run", "build", "compare", "doctor"):
             assert "Example" in kv(command, "--help")[1]
+        evaluations = ("ppl", "fidelity", "needle", "longbench", "zeroscrolls", "synthwiki", "ruler")
+        listed = kv("eval", "--help")[1]
+        for command in evaluations:
+            assert f"  {command} " in listed
+            assert f"kvrepro eval {command}" in kv("eval", command, "--help")[1].split("Example")[1]
 
     def test_version(self, kv: Any) -> None:
         assert kv("--version")[:2] == (0, f"kvrepro, version {kvrepro.__version__}\n")

@@ -15,12 +15,13 @@ from kvrepro.book.parameters import defaults
 from kvrepro.book.progress import duration
 from kvrepro.book.project import PROFILES, Notebook, Project
 from kvrepro.book.stamps import Stamp
+from kvrepro.ledger import current, published
 from kvrepro.records import Record, read_records
 
-_BADGES = {"paper": "primary", "code": "primary-line", "second-hand": "warning", "ours": "success"}
+BADGES = {"paper": "primary", "code": "primary-line", "second-hand": "warning", "ours": "success"}
 _GLUE = re.compile(r"\{glue:text\}`[^`:]*?results/([^`:]+)\.ipynb::([^`:]+):([^`]*)`")
 _STUB = "glue-stubs"
-_MARK = re.compile(rf"^({'|'.join(_BADGES)}):?\s*")
+_MARK = re.compile(rf"^({'|'.join(BADGES)}):?\s*")
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -41,7 +42,7 @@ def _source(text: str) -> str:
     if not match:
         return text
     rest = text[match.end() :]
-    return f"{{bdg-{_BADGES[match[1]]}}}`{match[1]}`" + (f" {rest}" if rest else "")
+    return f"{{bdg-{BADGES[match[1]]}}}`{match[1]}`" + (f" {rest}" if rest else "")
 
 
 def options_table(method: str) -> str:
@@ -107,13 +108,18 @@ def status_page(project: Project, notebooks: Sequence[Notebook]) -> str:
             "## Records\n",
             "One record is one measured value with everything it depends on; see [how to rerun](rerun.md).\n",
             wide(_records_table(notebooks)),
+            "## Published records\n",
+            "The records that the project calls its own, which the ledger judges, one a cell. *Other code*: how many "
+            "were measured by another version of the code than is here. *Other data*: how many are of another version "
+            "of the text, or of other weights, than a page of this copy read under the same name.\n",
+            wide(published_table(published(), notebooks)),
         ]
     )
 
 
-def wide(table: str) -> str:
-    """A table that scrolls on its own where the page is too narrow for it."""
-    return f"::::{{div}} wide\n{table}::::\n"
+def wide(table: str, kind: str = "") -> str:
+    """A table that scrolls on its own where the page is too narrow for it; ``kind`` is a further CSS class."""
+    return f"::::{{div}} {f'wide {kind}'.strip()}\n{table}::::\n"
 
 
 def _made_with(project: Project, stamps: Sequence[Stamp]) -> str:
@@ -179,6 +185,40 @@ def _records_table(notebooks: Sequence[Notebook]) -> str:
                 ]
             )
     return markdown_table(["Download", "Metrics", "Model and texts", "Records", "Measured in", "Peak memory"], rows)
+
+
+def published_table(records: Sequence[Record], notebooks: Sequence[Notebook]) -> str:
+    """What was published, by experiment, and how much of it the present code and data would still give.
+
+    Args:
+        records: published ones.
+        notebooks: their own records tell which texts and weights this copy has.
+    """
+    here = [r for notebook in notebooks if notebook.records.is_file() for r in read_records(notebook.records)]
+    read: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for record in here:
+        read.setdefault(_names(record), set()).add(_sums(record))
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.cell.paper, record.cell.experiment), []).append(record)
+    rows = []
+    for (paper, experiment), group in sorted(groups.items()):
+        other = sum(_sums(r) not in read.get(_names(r), {_sums(r)}) for r in group)
+        stale = sum(not current(r) for r in group)
+        commits = ", ".join(sorted({_commit(r.provenance.get("commit"), r.provenance.get("dirty")) for r in group}))
+        devices = ", ".join(sorted({str(r.provenance.get("device")) for r in group}))
+        rows.append([f"{paper}/{experiment}", str(len(group)), str(stale or ""), str(other or ""), commits, devices])
+    return markdown_table(["Experiment", "Records", "Other code", "Other data", "Commit", "Device"], rows)
+
+
+def _names(record: Record) -> tuple[str, ...]:
+    """What a record's model and text are called."""
+    return record.cell.paper, record.cell.model, record.cell.data
+
+
+def _sums(record: Record) -> tuple[str, ...]:
+    """What they are."""
+    return record.cell.model_sha256, record.cell.data_sha256
 
 
 def _texts(records: Sequence[Record]) -> str:

@@ -16,12 +16,15 @@ from nbformat import NotebookNode
 
 from kvrepro.book.execute import note
 from kvrepro.book.files import write_if_changed, write_text
+from kvrepro.book.ledger_page import ledger_page
 from kvrepro.book.pages import fill_glue, glued_in_prose, placeholder, status_page, write_generated
 from kvrepro.book.project import BookError, Notebook, Project
 from kvrepro.book.stamps import Sources, Stamp, why
 
 _COMMAND = ["build", ".", "--path-output", ".", "--all", "--keep-going", "-n"]
 _WARNING = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
+#: Pages that the build writes, by their names in the table of contents.
+_WRITTEN = ("book/status", "book/ledger")
 _TOOLS = ("jupyter-book", "sphinx", "myst-nb", "sphinx-book-theme", "pydata-sphinx-theme", "sphinxcontrib-bibtex")
 
 
@@ -36,7 +39,7 @@ def check_toc(project: Project, notebooks: Sequence[Notebook]) -> None:
     wanted = {prefix + notebook.name for notebook in notebooks}
     problems = [f"add {name} to _toc.yml" for name in sorted(wanted - listed)]
     problems += [f"take {name} out of _toc.yml" for name in sorted(n for n in listed - wanted if n.startswith(prefix))]
-    for name in sorted(name for name in listed if not name.startswith(prefix) and name != "book/status"):
+    for name in sorted(name for name in listed if not name.startswith(prefix) and name not in _WRITTEN):
         if not any((project.root / f"{name}{suffix}").is_file() for suffix in (".md", ".ipynb", ".rst")):
             problems.append(f"write {name}.md, or take it out of _toc.yml")
     if problems:
@@ -68,7 +71,7 @@ def _files(node: object) -> Iterator[str]:
 
 
 def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> list[str]:
-    """Bring everything that is generated up to date: tables, status page, notes on pages that no longer hold.
+    """Bring everything that is generated up to date: tables, status page, ledger, notes on pages that no longer hold.
 
     Args:
         project: the checkout.
@@ -93,6 +96,7 @@ def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> 
         write_if_changed(notebook.page, nbformat.writes(page) + "\n")
     write_generated(project, notebooks)
     write_if_changed(project.book / "status.md", status_page(project, notebooks))
+    write_if_changed(project.book / "ledger.md", ledger_page())
     return missing
 
 
