@@ -17,9 +17,9 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import kvrepro
+from benchmarks.check_decode import VOCABULARY, tiny
 from kvrepro import attention, evaluate, kernels, methods
 from kvrepro.attention import Step
 from kvrepro.cache import CompressedCache
@@ -121,7 +121,7 @@ def check_methods(device: torch.device) -> Iterator[tuple[str, bool, str]]:
 def check_prompts(device: torch.device) -> Iterator[tuple[str, bool, str]]:
     """Whole prompts in chunks: chunks replayed from a graph, and read one by one, leave the same cache."""
     model = tiny(device)
-    ids = torch.randint(0, 512, (2, LENGTH), device=device, generator=torch.Generator(device).manual_seed(0))
+    ids = torch.randint(0, VOCABULARY, (2, LENGTH), device=device, generator=torch.Generator(device).manual_seed(0))
     for name in methods.names():
         caches = []
         for worth in (evaluate._WORTH, 1 << 30):
@@ -141,22 +141,6 @@ def agreement(one: CompressedCache, other: CompressedCache) -> float:
     """Share of the slots that stand for the same tokens."""
     pairs = zip(one.compressed, other.compressed, strict=True)
     return min(float((a.positions == b.positions).double().mean()) for a, b in pairs)
-
-
-def tiny(device: torch.device) -> PreTrainedModel:
-    """A small Llama with random weights in float32, its heads large enough for the kernels."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        initializer_range=0.1,
-    )
-    return kvrepro.prepare(LlamaForCausalLM(config).to(device).eval().requires_grad_(False))
 
 
 def main() -> int:
