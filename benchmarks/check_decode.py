@@ -40,6 +40,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("weightedkv", {"positions": "cardinality"}),
     ("kvmerger", {"block": 4}),
     ("kvmerger", {"block": 4, "mass": "attention", "reduce": "max"}),
+    ("kvmerger", {"block": 4, "positions": "cardinality", "pivot": "random"}),
+    ("kvmerger", {"block": 4, "skip_layers": True}),
     ("kvmerger", {"block": 4, "budget_mode": "threshold", "epsilon": 0.2}),
     ("kvslimmer", {}),
     ("kvslimmer", {"variant": "released"}),
@@ -52,13 +54,13 @@ def main() -> int:
         print("this check needs a GPU")
         return 1
     warnings.simplefilter("ignore")
-    model = tiny(torch.device("cuda"))
+    model, deeper = tiny(torch.device("cuda")), tiny(torch.device("cuda"), layers=5)
     failed = 0
     for name, options in CASES:
         for prompt in (LENGTH, BUDGET - 10):
             start = time.perf_counter()
             try:
-                said = check_tokens(model, name, options, prompt)
+                said = check_tokens(deeper if "skip_layers" in options else model, name, options, prompt)
             except Exception:  # the next case is worth trying
                 said = "FAILED " + traceback.format_exc(limit=-3)
             failed += not said.startswith("ok")
@@ -74,14 +76,14 @@ def main() -> int:
     return failed
 
 
-def tiny(device: torch.device) -> PreTrainedModel:
+def tiny(device: torch.device, layers: int = 3) -> PreTrainedModel:
     """A small Llama with random weights and heads of 64, which the kernels take; attention is far from uniform."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -105,7 +107,7 @@ def check_tokens(model: PreTrainedModel, name: str, options: dict[str, Any], pro
         """A decoder that says how its layers ended up."""
 
         def __exit__(self, *error: Any) -> None:
-            found.update(modes=self.modes, replayed=self.replayed)
+            found.update(modes=self.modes, replayed=self.replayed, due=self.replayed_due)
             super().__exit__(*error)
 
     original, decode.Decoder = decode.Decoder, Watched
@@ -118,7 +120,9 @@ def check_tokens(model: PreTrainedModel, name: str, options: dict[str, Any], pro
     plain.plan(prompt)
     theirs = model.generate(ids, attention_mask=mask, past_key_values=plain, max_new_tokens=NEW, do_sample=False)
     modes = ", ".join(f"{n} x {mode}" for mode, n in Counter(found["modes"]).items())
-    how = f"{modes}; {found['replayed']} of {NEW - 1} steps from the graph"
+    how = f"{modes}; {found['replayed']} of {NEW - 1} steps from a graph, {found['due']} of them freed a block of slots"
+    if prompt == LENGTH and plain.method.leaves(BUDGET) is not None and not found["due"]:
+        return f"NO BLOCK FROM A GRAPH, {how}"
     if torch.equal(ours, theirs):
         return f"ok, {how}"
     first = [

@@ -2,24 +2,23 @@
 
 Prints for each method the median time of `compress`, the share of a layer's part of Llama-3.1-8B's prefill (1411 ms at
 32k over 32 layers on an H100), peak extra memory, the costliest kernels, and the error of the kernels beside the twins'
-at a smaller length. `--sweep` times the tiles of the nearest-key kernel.
+at a smaller length. `--sweep` times tiles of the nearest-key kernel, beside its twin, and the sums' chunks.
 
-Estimate at 32,768 slots -> 8,192 on an H100, before it was measured (`kernels.merging` has the floors): launches of
+Estimate at 32,768 slots -> 8,192 on an H100, counted and not measured (`kernels.merging` has the floors): launches of
 small vectors, 2.5 us each, and kernels that read keys or values or sort.
 
 | | launches | small vectors | the others | ms |
 |---|---|---|---|---|
 | h2o | 21 | 0.05 | choice 0.04, gathers 0.06 | 0.15 |
 | kvmerger | 91 | 0.21 | choices 0.07, neighbours 0.03, distance 0.04, sums 0.10 | 0.45 |
-| d2o | 56 | 0.13 | choice 0.04, packing 0.02, nearest 0.75 to 0.9, sort 0.07, sums 0.12 | 1.1 to 1.3 |
-| keepkv | 85 | 0.20 | the same and projection 0.03 | 1.2 to 1.4 |
+| d2o | 28 | 0.04 | choice 0.04, packing 0.01, nearest 0.7 to 0.85, sort 0.07, sums 0.12 | 1.0 to 1.15 |
+| keepkv | 30 | 0.04 | the same and projection 0.03 | 1.0 to 1.2 |
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from kvrepro import kernels, methods
 from kvrepro.attention import Step
-from kvrepro.methods import Method
+from kvrepro.methods import Method, d2o, keepkv
 from kvrepro.slots import Slots, partition, top
 
 METHODS = ("h2o", "weightedkv", "kvmerger", "d2o", "keepkv")
@@ -165,33 +164,63 @@ def report(name: str, args: argparse.Namespace, dtype: torch.dtype) -> None:
     print("\n".join(lines), flush=True)
 
 
+#: Evicted and kept slots of a tile, warps, stages.
+NEAREST = (
+    (128, 128, 8, 2), (128, 128, 8, 3), (128, 128, 4, 2), (256, 128, 8, 2), (256, 128, 16, 2), (128, 64, 4, 3),
+    (128, 256, 8, 2), (64, 128, 4, 2),
+)  # fmt: skip
+#: Members of a chunk and warps of `_sums`.
+SUMS = ((64, 8), (32, 8), (32, 4))
+
+
 def sweep(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    """Time the selection kernel both ways, and the tiles of the nearest-key kernel."""
+    """Time the parts of D2O's and KeepKV's compression, and what can be chosen in them."""
     from kvrepro.kernels import merging
 
     slots, _ = random_slots(args.length, dtype, args.device)
     budget = int(args.share * args.length)
-    keep = top(slots.stats["mass"], slots.valid, budget)
-    for held in (1 << 15, 0):
-        with mock.patch.dict(merging.CONFIG, held=held):
-            ms = milliseconds(lambda: top(slots.stats["mass"], slots.valid, budget), args.device)
-        print(f"top, held {held}: {ms:.3f} ms")
-    print(f"partition: {milliseconds(lambda: partition(keep), args.device):.3f} ms")
-    gone, kept = partition(keep)[0].split([args.length - budget, budget], dim=2)
-    valid = keep.gather(2, kept)
-    flops = 2 * HEADS * DIM * gone.shape[2] * kept.shape[2]
-    choices = itertools.product((64, 128, 256), (32, 64, 128), (4, 8, 16), (2, 3, 4), (0, 128))
-    for queries, width, warps, stages, registers in choices:
-        tiles = {"queries": queries, "kept": width, "nearest_warps": warps, "nearest_stages": stages}
-        tiles["nearest_registers"] = registers
-        if not 16 * 64 * warps < queries * width <= 64 * 64 * warps:
-            continue  # more than the registers hold, or too little for a warp
+
+    def timed(run: Callable[[], object], **config: object) -> float | str:
+        """Milliseconds with these entries of `CONFIG`, or why not: a tile that the compiler or the card refuses."""
         try:
-            with mock.patch.dict(merging.CONFIG, tiles):
-                ms = milliseconds(lambda: merging.nearest(slots.keys, gone, kept, valid), args.device)
-            print(f"nearest {tiles}: {ms:.3f} ms, {flops / ms / 1e9:.0f} TFLOP/s", flush=True)
-        except Exception as problem:  # a tile that the compiler or the card refuses
-            print(f"nearest {tiles}: {type(problem).__name__}")
+            with mock.patch.dict(merging.CONFIG, config):
+                return milliseconds(run, args.device, args.times)
+        except Exception as problem:
+            return f"{type(problem).__name__} {str(problem)[:60]}"
+
+    keep = top(slots.stats["mass"], slots.valid, budget)
+    print("top", timed(lambda: top(slots.stats["mass"], slots.valid, budget)), "ms")
+    print("partition", timed(lambda: partition(keep)), "ms")
+    gone, kept = partition(keep)[0].split([args.length - budget, budget], dim=2)
+    with mock.patch.object(kernels, "covers", lambda *tensors: False):
+        want, best = d2o.nearest_kept(slots.keys, gone, kept, None)
+    flops = 2 * HEADS * DIM * gone.shape[2] * kept.shape[2]
+    found: dict[str, Tensor] = {}
+
+    def nearest() -> None:
+        """What is timed."""
+        found["similarity"], found["index"] = merging.nearest(slots.keys, gone, kept, None)
+
+    for queries, width, warps, stages in NEAREST:
+        ms = timed(nearest, queries=queries, kept=width, nearest_warps=warps, nearest_stages=stages)
+        text = f"nearest, {queries} x {width}, {warps} warps, {stages} stages"
+        if isinstance(ms, str):
+            print(f"{text}: {ms}", flush=True)
+            continue
+        same = float((found["index"] == best).float().mean())
+        lost = want - found["similarity"]
+        print(
+            f"{text}: {ms:.3f} ms, {flops / ms / 1e9:.0f} TFLOP/s; same place {same:.5f}, cosine lost at most "
+            f"{float(lost.max()):.1e}, norm {float(lost.norm() / want.norm()):.1e}",
+            flush=True,
+        )
+    plan = d2o.evict(slots, keep, budget)
+    old = torch.full((1, HEADS), torch.nan, device=args.device)
+    logits = torch.randn(slots.positions.shape, device=args.device)
+    for chunk, warps in SUMS:
+        means = timed(lambda: d2o.merge(slots, plan, old, 0.5), chunk=chunk, mix_warps=warps)
+        votes = timed(lambda: keepkv.merge(slots, plan, logits, 0.8), chunk=chunk, mix_warps=warps)
+        print(f"settle, sort and sums, chunk {chunk}, {warps} warps: d2o {means} ms, keepkv {votes} ms", flush=True)
 
 
 def main() -> None:

@@ -67,6 +67,10 @@ class Step:
         """
         if self.positions == "original" or slots.dense:
             return None
+        if kernels.covers(slots.keys):
+            from kvrepro.kernels import rotation
+
+            return rotation.shift(slots.positions, slots.cardinality, by_tokens=self.positions == "cardinality")
         weight = slots.valid if self.positions == "cache" else slots.cardinality
         place = weight.cumsum(dim=2)  # inclusive, so that a merged slot stands where its last token does
         newest = slots.positions.amax(dim=2, keepdim=True)
@@ -97,12 +101,24 @@ class Step:
             view=None if self.view is None else self.view.last(count),
         )
 
-    def blocks(self, slots: Slots) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self, slots: Slots, lse: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Attention probabilities of this pass's queries over `slots`, a block of queries at a time.
+
+        Args:
+            slots: what the queries attend to.
+            lse: `[B, H_kv, G, n]`, the log-sum-exp that the logits are normalised by; None takes their own.
 
         Yields:
             The slice of queries, and `[B, H_kv, G, q, S]` probabilities in float32 (or float64); rows of padding are 0.
         """
+        for part, found in self.logits(slots):
+            if lse is None:
+                yield part, softmax(found)
+            else:
+                yield part, (found - lse[:, :, :, part, None]).exp()
+
+    def logits(self, slots: Slots) -> Iterator[tuple[slice, Tensor]]:
+        """Like `blocks`, before the softmax: `[B, H_kv, G, q, S]`, -inf where a query does not see a slot."""
         keys, bias = self.read_keys(slots), self.bias(slots)
         b, h, g, n, _ = self.queries.shape
         rows = max(1, BLOCK.get(self.queries.device.type, BLOCK["cpu"]) // max(1, b * h * g * slots.size))
@@ -110,7 +126,7 @@ class Step:
             part = slice(start, min(start + rows, n))
             yield (
                 part,
-                probabilities(
+                causal_logits(
                     self.queries[:, :, :, part],
                     self.query_positions[:, part],
                     keys,
@@ -122,7 +138,7 @@ class Step:
             )
 
 
-def probabilities(
+def causal_logits(
     queries: Tensor,
     query_positions: Tensor,
     keys: Tensor,
@@ -131,7 +147,7 @@ def probabilities(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Causal softmax attention by position, written out.
+    """Logits of causal attention by position, written out.
 
     Args:
         queries: `[B, H, G, n, d]`.
@@ -143,7 +159,7 @@ def probabilities(
         softcap: cap on the logits, or None.
 
     Returns:
-        `[B, H, G, n, S]` in float32, or float64 for float64 input; a query that sees nothing has zeros.
+        `[B, H, G, n, S]` in float32, or float64 for float64 input; -inf where a query does not see a slot.
     """
     wide = torch.promote_types(queries.dtype, torch.float32)
     b, h, g, n, d = queries.shape
@@ -153,7 +169,11 @@ def probabilities(
     if bias is not None:
         logits = logits + bias[:, :, None, None, :]
     hidden = (key_positions[:, :, None, :] > query_positions[:, None, :, None]) | (key_positions < 0)[:, :, None, :]
-    logits = logits.masked_fill(hidden.unsqueeze(2), -torch.inf)
+    return logits.masked_fill(hidden.unsqueeze(2), -torch.inf)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension; a row that sees nothing, all -inf, has zeros."""
     return torch.softmax(logits, dim=-1).nan_to_num(0.0)
 
 
@@ -280,14 +300,18 @@ def _cudnn(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a pass's queries make of slots that may have changed since.
+    """How a pass's queries see slots.
 
     Attributes:
         mass: `[B, H_kv, S]`, attention to each slot, summed over queries and group.
+        output: `[B, H_kv, G, n, d]`, what the queries get.
+        lse: `[B, H_kv, G, n]`, their log-sum-exp; +inf for a query that sees nothing.
         view: what the kernels read, where they did the work, else None.
     """
 
     mass: Tensor
+    output: Tensor
+    lse: Tensor
     view: View | None = None
 
 
@@ -296,11 +320,19 @@ def observe(step: Step, slots: Slots) -> Observation:
     if kernels.covers(step.queries, slots.keys, slots.values):
         known = step.view is not None and step.view.source is slots.keys
         seen = step.view if known else view(step, slots)
-        return Observation(seen.column_sums().sum(dim=2), seen)
-    mass = torch.zeros_like(slots.positions, dtype=torch.promote_types(slots.keys.dtype, torch.float32))
-    for _, p in step.blocks(slots):
+        shape = step.queries.shape[:4]
+        return Observation(
+            seen.column_sums().sum(dim=2), seen.output.reshape(*shape, -1), seen.lse.reshape(shape), seen
+        )
+    mass, outputs, normals = 0.0, [], []
+    for _, found in step.logits(slots):
+        lse = found.logsumexp(dim=-1)
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+        p = (found - lse.unsqueeze(-1)).exp()
         mass = mass + p.sum(dim=(2, 3))
-    return Observation(mass)
+        outputs.append(p @ slots.values.to(p.dtype).unsqueeze(2))
+        normals.append(lse)
+    return Observation(mass, torch.cat(outputs, dim=3), torch.cat(normals, dim=3))
 
 
 def _fused(step: Step, slots: Slots) -> Tensor:

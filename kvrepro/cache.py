@@ -235,7 +235,8 @@ class CompressedLayer(CacheLayerMixin):
         out, found, view = look(step, slots, statistics)
         step = dataclasses.replace(step, view=view)
         self.seen += query.shape[2]
-        self.row_tokens = self.row_tokens + (positions >= 0).sum(dim=1).to(torch.int32)
+        arrived = query.shape[2] if mask is None else (positions >= 0).sum(dim=1).to(torch.int32)
+        self.row_tokens = self.row_tokens + arrived
         self._since += query.shape[2]
         self.is_initialized = True
         self.slots = slots
@@ -263,18 +264,20 @@ class CompressedLayer(CacheLayerMixin):
         b, h, n, _ = keys.shape
         if self.row_tokens is None:
             self.row_tokens = torch.zeros(b, dtype=torch.int32, device=keys.device)
-        valid = torch.ones(b, n, dtype=torch.bool, device=keys.device) if mask is None else _new_tokens(mask, b, n)
-        counted = self.row_tokens[:, None] + valid.cumsum(dim=1).to(torch.int32)
-        positions = (counted - 1).masked_fill(~valid, -1)
+        if mask is None:
+            positions = self.row_tokens[:, None] + torch.arange(n, dtype=torch.int32, device=keys.device)
+        else:
+            valid = _new_tokens(mask, b, n)
+            counted = self.row_tokens[:, None] + valid.cumsum(dim=1).to(torch.int32)
+            positions = (counted - 1).masked_fill(~valid, -1)
         spread = positions[:, None].expand(b, h, n).contiguous()
-        zeros = torch.zeros(b, h, n, dtype=torch.float32, device=keys.device)
         names = self.method.accumulates if self.active else ()
         new = Slots(
             keys=keys,
             values=values,
             positions=spread,
-            cardinality=(spread >= 0).to(torch.int32),
-            stats={name: zeros for name in names},
+            cardinality=torch.ones_like(spread) if mask is None else (spread >= 0).to(torch.int32),
+            stats={name: torch.zeros_like(spread, dtype=torch.float32) for name in names},
             ragged=mask is not None,
         )
         return new, positions

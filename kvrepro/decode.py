@@ -5,7 +5,9 @@ and replayed, so that no time goes to Python and launches. Each layer takes its 
 
 * in place: the method has a `step_rule`, or nothing ever leaves;
 * appended: the method compresses now and then. Steps in between append to fixed storage; when the layer is due, which
-  the host knows without asking the GPU, that step runs eagerly and `compress` puts its result back into the storage;
+  the host knows without asking the GPU, `compress` puts its result back into the storage. Where that is always the same
+  work (`leaves`) and all such layers are due at once, the due step is captured too, in a graph of its own; else it runs
+  eagerly;
 * copied back: the method's `compress` does the same work at every step (`steady`); what it returns is copied into fixed
   storage;
 * plain: anything else, one launch after another.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import TracebackType
@@ -32,13 +35,14 @@ from kvrepro.adapter import redirected
 from kvrepro.cache import CompressedCache, CompressedLayer
 from kvrepro.compiled import compiled
 from kvrepro.evaluate import prefill
-from kvrepro.fixed import FixedLayer
+from kvrepro.fixed import FixedLayer, capture
 from kvrepro.memory import explained
 from kvrepro.methods.base import Method, StepRule
 from kvrepro.slots import Slots
-from kvrepro.static import StaticSlots, freeze_shape, refill, step, thaw
+from kvrepro.static import StaticSlots, freeze_shape, full, refill, step, thaw
 
-#: Steps that run before the capture: they compile kernels and set up libraries.
+#: Steps that run before a capture, one of them at least of the kind that is captured: they compile kernels and set up
+#: libraries.
 _WARM_UP = 2
 #: Steps between two looks at whether all rows have ended; on a GPU a look waits for it.
 _LOOK = {"cuda": 16}
@@ -77,6 +81,7 @@ class _Appended:
         """Move the layer's slots into fixed storage."""
         self.layer = layer
         self._size = layer.slots.size
+        self._leaves = _leaves(layer)
         layer.static = _freeze(layer, StepRule("none"), newest, room)
         layer.slots = None
 
@@ -86,23 +91,45 @@ class _Appended:
         layer = self.layer
         return layer.active and layer.method.due(self._size + 1, layer.budget, 1, layer._since + 1)
 
+    @property
+    def compresses_in_place(self) -> bool:
+        """Whether compressing now is work for the device alone, the same each time."""
+        return self._leaves is not None and self._size == self.layer.budget
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Tensor:
-        """As `_InPlace.attend`; a due layer takes its slots out and runs as it would without this class."""
-        if not self.due:
-            return _step(self.layer.static, query, key, value, scale, softcap)
+        """As `_InPlace.attend`; a due layer compresses in place or runs as it would without this class."""
+        if self.due and not self.compresses_in_place:
+            return self._run(query, key, value, scale, softcap)
+        out = _step(self.layer.static, query, key, value, scale, softcap)
+        if self.due:
+            self._compress(query, scale, softcap)
+        return out
+
+    def _compress(self, query: Tensor, scale: float, softcap: float | None) -> None:
+        """Compress the storage, full now, into itself; nothing here changes what the host keeps from step to step."""
+        layer, static = self.layer, self.layer.static
+        step = layer._step(query, static.newest[:, None], scale, softcap, static.keys.shape[1])
+        slots = layer.method.compress(full(static), layer.budget, step)
+        if slots.size != self._leaves or slots.ragged:
+            raise RuntimeError(
+                f"{layer.method.name} left {slots.size} slots where {self._leaves} were promised; correct its `leaves`"
+            )
+        refill(static, slots, by_tokens=layer.method.positions == "cardinality")
+
+    def _run(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """Take the slots out and do what a plain forward pass does, see `_InPlace.attend`."""
         self._storage = self.layer.static
         self.layer.slots, self.layer.static = thaw(self._storage), None
         self.layer.row_tokens = self._storage.newest.clone()
         return _run_layer(self.layer, query, key, value, scale, softcap)
 
     def taken(self) -> None:
-        """A step has been taken: count its token, or put what was compressed back into the storage."""
+        """A step has been taken: count its token, or put what was compressed outside back into the storage."""
         layer = self.layer
         if layer.static is not None:
-            self._size += 1
-            layer._since += 1
+            self._size, layer._since = (self._leaves, 0) if self.due else (self._size + 1, layer._since + 1)
         elif _way(layer) is _Appended and layer.slots.size < self._storage.size:
-            self._size = layer.slots.size
+            self._size, self._leaves = layer.slots.size, _leaves(layer)
             refill(self._storage, layer.slots, by_tokens=layer.method.positions == "cardinality")
             layer.slots, layer.static = None, self._storage
 
@@ -198,6 +225,14 @@ def _way(layer: CompressedLayer) -> type[_Held]:
     return _Appended if countable else _Plain
 
 
+def _leaves(layer: CompressedLayer) -> int | None:
+    """Slots that the layer's compressions leave (`Method.leaves`); None without that promise, or with empty slots."""
+    method, slots = layer.method, layer.slots
+    count = method.leaves(layer.budget) if method.bounded and _stands(method, "leaves") else None
+    empty = count is not None and slots.ragged and not bool(slots.valid.all())
+    return None if empty else count
+
+
 def _countable(method: Method) -> bool:
     """Whether what the method keeps of each pass is what `static.step` adds up: attention and queries, or nothing."""
     if method.window_of(1 << 30) > 0:
@@ -207,9 +242,9 @@ def _countable(method: Method) -> bool:
 
 
 def _stands(method: Method, promise: str) -> bool:
-    """Whether a method's promise about `compress` (`step_rule`, `steady`) was made by the class that wrote it.
+    """Whether a method's promise about `compress` was made by the class that wrote it.
 
-    A subclass that compresses in its own way must not inherit the promise.
+    The promises are `step_rule`, `steady` and `leaves`; a subclass that compresses in its own way must not inherit any.
     """
 
     def depth(name: str) -> int:
@@ -277,6 +312,7 @@ class Decoder:
         modes: how each compressed layer takes its steps: "in place", "appended", "copied back" or "plain".
         graphed: steps that compress nothing on the host are captured in a CUDA graph.
         replayed: steps that were replayed from a CUDA graph so far.
+        replayed_due: those of them at which layers that compress now and then did.
     """
 
     def __init__(
@@ -313,9 +349,8 @@ class Decoder:
         self._mask = torch.ones(self._newest.shape[0], 1, 1, 1, dtype=torch.bool, device=self._newest.device)
         self._read = attention_mask
         self._mixed = len(layers) != len(cache.layers)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._warm = 0
-        self.replayed = 0
+        self._forget()
+        self.replayed = self.replayed_due = 0
         self._held = [_Plain(x) if self._mixed else _hold(x, self._newest, room) for x in layers]
         self._compiled = functools.partial(compiled, model) if compile else nullcontext
         if self._newest.is_cuda and not self.graphed:
@@ -338,7 +373,7 @@ class Decoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the slots back to the cache, in order."""
-        self._graph = None
+        self._forget()
         for held, layer in zip(self._held, self._layers, strict=True):
             held.close()
             layer.seen = self._seen + self._taken
@@ -388,7 +423,8 @@ class Decoder:
 
         Args:
             body: one step; calls `logits` once and works in place on tensors that exist before. On a GPU it is
-                captured after two calls and replayed, so it must not look at values.
+                captured after two calls, once again for steps at which layers compress, and replayed, so it must not
+                look at values.
             steps: how many.
             until: asked now and then (on a GPU every 16 steps); True ends the run early.
             progress: called after each step.
@@ -402,7 +438,7 @@ class Decoder:
         if self._taken + steps > self._room:
             raise ValueError(f"{self._taken} + {steps} steps, but room={self._room}; make the decoder with more room")
         look = _LOOK.get(self._newest.device.type, 1)
-        self._graph, self._warm = None, 0
+        self._forget()
         taken = 0
         while taken < steps:
             self._advance(body)
@@ -418,23 +454,39 @@ class Decoder:
         """Whether steps are captured, those aside at which a layer compresses on the host."""
         return self._newest.is_cuda and not any(isinstance(held, _Plain) for held in self._held)
 
+    def _forget(self) -> None:
+        """Start with no graph: what was captured does not fit the next steps."""
+        self._replays: dict[str, Callable[[], None]] = {}
+        self._warm: Counter[str] = Counter()
+
+    def _kind(self) -> str:
+        """What the next step does, which says what graph can hold it.
+
+        "common": nothing is due; "due": all layers that append are, and compress in place; "eager": the host decides.
+        """
+        due = [held for held in self._held if held.due]
+        if not due:
+            return "common"
+        together = len(due) == self.modes.count("appended")
+        return "due" if together and all(held.compresses_in_place for held in due) else "eager"
+
     def _advance(self, body: Callable[[], None]) -> None:
-        """Take one step: from the graph where nothing is due, capturing it once the step has warmed up."""
-        due = any(held.due for held in self._held)
-        if not due and self._graph is None and self._warm >= _WARM_UP and self.graphed:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                body()
-        if due or self._graph is None:
-            body()
-            self._warm += not due
-        else:
-            self._graph.replay()
+        """Take one step: from the graph of its kind, which is captured once that has warmed up."""
+        kind = self._kind()
+        ready = self._warm[kind] >= 1 and self._warm.total() >= _WARM_UP
+        if kind != "eager" and kind not in self._replays and ready and self.graphed:
+            self._replays[kind] = capture(body, self._newest.device)
+        if kind in self._replays:
+            self._replays[kind]()
             self.replayed += 1
+            self.replayed_due += kind == "due"
+        else:
+            body()
+            self._warm[kind] += 1
         self._taken += 1
         for held in self._held:
             held.taken()
-        if due or "plain" in self.modes:
+        if kind == "eager" or "plain" in self.modes:
             self._hold_anew()
 
     def _hold_anew(self) -> None:
@@ -445,7 +497,7 @@ class Decoder:
             thawed = isinstance(held, _Appended) and layer.static is None
             if thawed or (isinstance(held, _Plain) and _way(layer) is not _Plain):
                 self._held[i] = _hold(layer, self._newest, self._room - self._taken)
-                self._graph, self._warm = None, 0
+                self._forget()
 
 
 @torch.no_grad()

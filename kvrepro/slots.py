@@ -59,13 +59,17 @@ class Slots:
 
     def append(self, new: Slots) -> Slots:
         """These slots followed by `new`; a side vector that `new` lacks starts at 0."""
-        zeros = new.positions.new_zeros(new.positions.shape, dtype=torch.float32)
+
+        def arrived(name: str, x: Tensor) -> Tensor:
+            """The new slots' side vector."""
+            return new.stats[name] if name in new.stats else x.new_zeros(new.positions.shape)
+
         return Slots(
             keys=torch.cat([self.keys, new.keys], dim=2),
             values=torch.cat([self.values, new.values], dim=2),
             positions=torch.cat([self.positions, new.positions], dim=2),
             cardinality=torch.cat([self.cardinality, new.cardinality], dim=2),
-            stats={k: torch.cat([v, new.stats.get(k, zeros.to(v.dtype))], dim=2) for k, v in self.stats.items()},
+            stats={k: torch.cat([v, arrived(k, v)], dim=2) for k, v in self.stats.items()},
             state=self.state,
             dense=self.dense and new.dense,
             ragged=self.ragged or new.ragged,

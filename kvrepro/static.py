@@ -4,7 +4,8 @@ While decoding, one token comes and one slot goes. The storage has one slot more
 written into the free one, the queries attend to all, and the slot that leaves becomes the free one. Slots are in no
 order; each one's `place` says where it stands in time. No shape depends on the data and nothing is allocated anew, so
 that a whole decoding step can be captured in a CUDA graph. With the rule "none" no slot leaves: tokens are appended
-until the storage is full, and whoever made it takes the slots out (`thaw`), compresses, and puts them back (`refill`).
+until the storage is full, and whoever made it takes the slots out (`thaw`, or `full` where no head has an empty slot),
+compresses, and puts them back (`refill`).
 """
 
 from __future__ import annotations
@@ -151,17 +152,27 @@ def freeze_shape(
 
 
 def refill(static: StaticSlots, slots: Slots, *, by_tokens: bool) -> None:
-    """Put slots that were thawed and compressed back into the same storage; what points to it stays valid."""
-    order = slots.valid.to(torch.int8).argsort(dim=2, descending=True, stable=True)
-    room = static.size - 1
+    """Put compressed slots, tensors of their own, back into the same storage; what points to it stays valid.
+
+    All of it is work for the device, the same for the same number of slots, so that a CUDA graph can hold it.
+    """
+    if slots.ragged:
+        order = slots.valid.to(torch.int8).argsort(dim=2, descending=True, stable=True)
+        slots = slots.map(lambda x: take(x, order) if x.dim() > 2 else x)
     static.filled.copy_(slots.valid.sum(dim=2))
     static.free.copy_(static.filled)
     for name, fill in (("keys", 0), ("values", 0), ("positions", -1), ("cardinality", 0)):
-        getattr(static, name).copy_(_widen(getattr(slots, name), order, room, fill))
+        _replace(getattr(static, name), getattr(slots, name), fill)
     for name in static.names:
-        getattr(static, name).copy_(_widen(slots.stats[name], order, room))
+        _replace(getattr(static, name), slots.stats[name])
     static.place.copy_(_places(static.cardinality, static.filled, by_tokens))
     static.state, static.dense = slots.state, slots.dense
+
+
+def _replace(storage: Tensor, x: Tensor, fill: int = 0) -> None:
+    """Put `x` `[B, H, n(, d)]` into the first slots of storage `[B, H, S(, d)]`, `fill` into the others."""
+    storage[:, :, : x.shape[2]].copy_(x)
+    storage[:, :, x.shape[2] :].fill_(fill)
 
 
 def _widen(x: Tensor, order: Tensor, room: int, fill: int = 0) -> Tensor:
@@ -178,6 +189,19 @@ def _places(cardinality: Tensor, filled: Tensor, by_tokens: bool) -> Tensor:
         return count.expand(cardinality.shape).contiguous()
     tokens = cardinality.cumsum(dim=2, dtype=torch.int32)
     return filled.unsqueeze(-1) - 1 - (tokens[..., -1:] - tokens)
+
+
+def full(static: StaticSlots) -> Slots:
+    """The slots of storage that is full in every head, nothing having left it: the storage's own tensors."""
+    return Slots(
+        keys=static.keys,
+        values=static.values,
+        positions=static.positions,
+        cardinality=static.cardinality,
+        stats={name: getattr(static, name) for name in static.names},
+        state=static.state,
+        dense=static.dense,
+    )
 
 
 def thaw(static: StaticSlots) -> Slots:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tiny import FAMILIES, VOCABULARY, tiny_model, tokens
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import kvrepro
@@ -303,6 +305,144 @@ def test_a_subclass_that_compresses_otherwise_does_not_inherit_the_rule(model: P
     ids = tokens(1, 20)
     kvrepro.generate(model, ids, cache, 5)
     assert cache.compressed[0].positions[0, 0].tolist() == list(range(8, 24))
+
+
+# --- blocks of slots freed in place -----------------------------------------------------------------------------------
+
+#: Options of KVMerger, and the layers of the model.
+BLOCKS: dict[str, tuple[dict[str, Any], int]] = {
+    "plain": ({}, 3),
+    "one at a time": ({"block": 1}, 3),
+    "attention": ({"mass": "attention", "reduce": "max"}, 3),
+    "cache": ({"positions": "cache", "shared_sets": True}, 3),
+    "cardinality": ({"positions": "cardinality", "pivot": "random", "reduce": "sum"}, 3),
+    "printed": ({"mass": "none", "sigma": "printed", "sinks": 1}, 3),
+    "mean": ({"weights": "mean", "sigma": 5.0}, 3),
+    "skipping": ({"skip_layers": True}, 5),
+}
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[decode.Decoder]:
+    """Steps are replayed without a GPU, that is, their bodies run again; the decoders that were left since."""
+    found: list[decode.Decoder] = []
+    leave = decode.Decoder.__exit__
+    monkeypatch.setattr(decode.Decoder, "graphed", True)
+    monkeypatch.setattr(decode.Decoder, "__exit__", lambda self, *error: (found.append(self), leave(self, *error))[1])
+    return found
+
+
+@pytest.mark.parametrize("rows", ["even", "padded", "filling"])
+@pytest.mark.parametrize("case", BLOCKS)
+def test_blocks_freed_in_place_are_those_of_plain_generate(case: str, rows: str, left: list[decode.Decoder]) -> None:
+    """Same tokens, same cache over many blocks; the due steps are replayed, whether padding is gone or never was."""
+    options, layers = BLOCKS[case]
+    model = kvrepro.prepare(tiny_model(layers=layers))
+    ids, mask = padded(26, 8 if rows == "padded" else 0) if rows != "filling" else padded(10, 0)
+    caches = [kvrepro.make_cache(model, "kvmerger", 16, **{"block": 4, **options}) for _ in range(2)]
+    ours = kvrepro.generate(model, ids, caches[0], 40, attention_mask=mask)
+    assert torch.equal(ours, plain(model, caches[1], ids, mask, 40))
+    assert_same_cache(*caches)
+    first = 6 if rows == "filling" else 0  # steps before one is due
+    due = len(range(first, 39, caches[0].method.block))
+    # Two steps warm up, one of each kind at least.
+    common_first, alone = first > 0, caches[0].method.block == 1
+    assert left[0].replayed_due == due - (2 if alone and not common_first else 1)
+    assert left[0].replayed == 39 - (3 if common_first else 2)
+
+
+def test_empty_slots_are_compressed_on_the_host(model: PreTrainedModel, left: list[decode.Decoder]) -> None:
+    """A row that is shorter than the budget waits while the other one's slots are merged."""
+    ids, mask = padded(20, 7)
+    caches = [kvrepro.make_cache(model, "kvmerger", 16, block=4) for _ in range(2)]
+    ours = kvrepro.generate(model, ids, caches[0], 30, attention_mask=mask)
+    assert torch.equal(ours, plain(model, caches[1], ids, mask, 30))
+    assert_same_cache(*caches)
+    assert left[0].replayed > 10 and left[0].replayed_due == 0
+
+
+def test_layers_that_are_due_at_other_times(model: PreTrainedModel, left: list[decode.Decoder]) -> None:
+    """Blocks of one and of two slots: every second step all layers are due, and that one is replayed."""
+    ids, mask = padded(40, 0)
+    caches = [kvrepro.make_cache(model, "kvmerger", 16) for _ in range(2)]
+    for cache in caches:
+        for layer, budget in zip(cache.compressed, (16, 32, 16), strict=True):
+            layer.budget = budget
+    ours = kvrepro.generate(model, ids, caches[0], 13, attention_mask=mask)
+    assert torch.equal(ours, plain(model, caches[1], ids, mask, 13))
+    assert_same_cache(*caches)
+    assert left[0].replayed == left[0].replayed_due == 5
+
+
+class Launches(TorchDispatchMode):
+    """Notes what is launched, with shapes and numbers; raises at what no CUDA graph can hold."""
+
+    asks = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "lift_fresh", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[str, list[Any]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = tree_leaves((args, kwargs or {}))
+        name = str(function)
+        masks = "index" in name and any(isinstance(x, Tensor) and x.dtype == torch.bool for x in leaves[1:])
+        assert not masks and not any(ask in name.split(".")[1] for ask in self.asks), name
+        self.noted.append((name, [tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_each_step_of_a_kind_is_the_same_work(case: str) -> None:
+    """The host decides nothing in a step, and no number in it changes from one to the next."""
+    options, layers = BLOCKS[case]
+    model = kvrepro.prepare(tiny_model(layers=layers))
+    cache = kvrepro.make_cache(model, "kvmerger", 16, **{"block": 4, **options})
+    token = kvrepro.prefill(model, tokens(2, 30), cache).logits[:, -1].argmax(-1)
+    work: dict[str, list[Any]] = {"common": [], "due": []}
+    with decode.Decoder(model, cache, room=24) as decoder:
+
+        def body() -> None:
+            kind = decoder._kind()
+            with Launches() as launches:
+                token.copy_(decoder.logits(token).argmax(-1))
+            work[kind].append(launches.noted)
+
+        decoder.run(body, 24)
+    assert len(work["due"]) == 24 // cache.method.block
+    for found in work.values():  # the first step may still find every slot to be one token
+        assert all(noted == found[-1] for noted in found[1:])
+
+
+def test_a_promise_that_is_not_kept_is_an_error(model: PreTrainedModel) -> None:
+    """And a subclass that compresses otherwise does not inherit it."""
+    merger = methods.get("kvmerger")
+
+    class Newest(merger):
+        name = "newest"
+
+        def compress(self, slots: Any, budget: int, step: Any) -> Any:
+            return slots.map(lambda x: x[:, :, 3:].clone() if x.dim() > 2 else x)
+
+    class Wrong(Newest):
+        name = "wrong"
+        compress, due, reduce_group = Newest.compress, merger.due, merger.reduce_group
+
+        def leaves(self, budget: int) -> int:
+            return budget
+
+    for method, promised in ((Newest(), None), (Wrong(), 16)):
+        cache = kvrepro.make_cache(model, "kvmerger", 16)
+        token = kvrepro.prefill(model, tokens(1, 20), cache).logits[:, -1].argmax(-1)
+        for layer in cache.compressed:
+            layer.method = method
+        with decode.Decoder(model, cache, room=1) as decoder:
+            assert decoder._held[0]._leaves == promised
+            if promised is None:
+                decoder.run(lambda decoder=decoder, token=token: decoder.logits(token), 1)
+                continue
+            with pytest.raises(RuntimeError, match="wrong left 14 slots where 16 were promised"):
+                decoder.run(lambda decoder=decoder, token=token: decoder.logits(token), 1)
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------

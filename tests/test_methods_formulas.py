@@ -157,7 +157,7 @@ def test_kvslimmers_norms_come_from_its_second_derivatives() -> None:
     size, n = 9, 3
     queries, slots = random(2, n, DIM, seed=3), slots_of(random(size, DIM, seed=4), random(size, DIM, seed=5))
     step = step_of(queries, size)
-    single, cross = kvslimmer.curvature_norms(slots, step)
+    single, cross = kvslimmer.curvature_norms(slots, step, observe(step, slots))
     expected = [torch.zeros(size - 1, dtype=torch.float64) for _ in range(3)]
     for _, p in step.blocks(slots):
         for alpha in p[0, 0].flatten(0, 1):

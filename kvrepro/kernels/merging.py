@@ -6,8 +6,9 @@ What bounds each kernel at Llama-3.1-8B's shape (8 KV heads, d = 128, bfloat16),
 |---|---|---|---|
 | `top`, `partition` | 1 MB of scores 18 times (from L2), by one program a head | | 0.03 ms, latency |
 | `neighbours`, `distance`, `project` | keys once, 67 MB | | 0.022 ms each |
-| `nearest` | keys once, 67 MB; the kept ones again from L2 | 4.1e11 | 0.52 ms |
-| `mix` | keys and values once, 134 MB; what is kept, 34 MB | | 0.056 ms |
+| `nearest` | keys twice, 118 MB; the kept ones again from L2, 3.2 GB by tiles of 128 | 4.1e11 | 0.52 ms |
+| `settle` | 12 bytes a slot, a head's similarities once a program from L2 | | 0.005 ms, latency |
+| `mix`, `merge` | keys and values once, 134 MB; what is kept, 34 MB | | 0.056 ms |
 
 No program's work grows with the length of a merge: `mix` cuts the list of members in chunks of equal size, and the sums
 of a merge that crosses chunks are put together afterwards. Nothing is added atomically here, so that the same input
@@ -23,8 +24,8 @@ from torch import Tensor
 
 #: Evicted slots and kept slots of a tile of `nearest`, slots that a tile of the other kernels holds, warps.
 CONFIG = {
-    "queries": 128, "kept": 64, "nearest_warps": 4, "nearest_stages": 4, "nearest_registers": 0,
-    "rows": 64, "row_warps": 4, "chunk": 64,
+    "queries": 128, "kept": 128, "nearest_warps": 8, "nearest_stages": 2,
+    "nearest_registers": 0, "rows": 64, "row_warps": 4, "settle": 1024, "chunk": 32,
     "exact_chunk": 16, "mix_warps": 8, "held": 32768, "scan": 4096, "scan_warps": 16,
 }  # fmt: skip
 #: Chunks' sums that `_bridge` reads at once.
@@ -58,18 +59,16 @@ def _top(
     if HELD:
         key, candidate = _sortable(score_ptr, candidate_ptr, first + slot, slot < size)
     for _ in range(16):
-        ones = tl.zeros([], tl.int32)
-        twos = tl.zeros([], tl.int32)
-        threes = tl.zeros([], tl.int32)
+        counts = tl.zeros([], tl.int64)  # three of them, 21 bits each: one sum over the row, not three
         for start in range(0, size, BLOCK):
             if not HELD:
                 key, candidate = _sortable(score_ptr, candidate_ptr, first + start + slot, start + slot < size)
-            ones += tl.sum((key >= lowest + step).to(tl.int32), 0)
-            twos += tl.sum((key >= lowest + step + step).to(tl.int32), 0)
-            threes += tl.sum((key >= lowest + step + step + step).to(tl.int32), 0)
-        lowest += tl.where(ones >= count, step, 0)
-        lowest += tl.where(twos >= count, step, 0)
-        lowest += tl.where(threes >= count, step, 0)
+            one = (key >= lowest + step).to(tl.int64)
+            two = (key >= lowest + step + step).to(tl.int64)
+            three = (key >= lowest + step + step + step).to(tl.int64)
+            counts += tl.sum(one + (two << 21) + (three << 42), 0)
+        above = ((counts & 2097151) >= count).to(tl.int32) + (((counts >> 21) & 2097151) >= count).to(tl.int32)
+        lowest += step * (above + ((counts >> 42) >= count).to(tl.int32))
         step = step >> 2
     ties = -count
     for start in range(0, size, BLOCK):
@@ -96,8 +95,13 @@ def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
 
     Returns:
         `[B, H, S]` bool.
+
+    Raises:
+        ValueError: 2^21 slots or more.
     """
     b, h, size = score.shape
+    if size >= 1 << 21:
+        raise ValueError(f"{size:,} slots a head; the kernel counts up to {(1 << 21) - 1:,}")
     if not isinstance(count, Tensor):
         count = torch.full((b, h, 1), count, dtype=torch.int64, device=score.device)
     out = torch.empty((b, h, size), dtype=torch.uint8, device=score.device)
@@ -199,8 +203,8 @@ def distance(keys: Tensor, target: Tensor) -> Tensor:
 
 
 @triton.jit
-def _project(k_ptr, vector_ptr, out_ptr, k_b, k_h, k_s, heads, size, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (tiles, B * H): dot product of each slot's key with its head's vector."""
+def _project(k_ptr, vector_ptr, out_ptr, k_b, k_h, k_s, heads, size, scale, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (tiles, B * H): `scale` times the dot product of each slot's key with its head's vector."""
     head = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < size
@@ -208,113 +212,262 @@ def _project(k_ptr, vector_ptr, out_ptr, k_b, k_h, k_s, heads, size, D: tl.const
     row = k_ptr + head // heads * k_b + head % heads * k_h + slot.to(tl.int64)[:, None] * k_s + dim[None, :]
     keys = tl.load(row, mask=inside[:, None], other=0.0).to(tl.float32)
     vector = tl.load(vector_ptr + head * D + dim).to(tl.float32)
-    tl.store(out_ptr + head * size + slot, tl.sum(keys * vector[None, :], 1), mask=inside)
+    tl.store(out_ptr + head * size + slot, tl.sum(keys * vector[None, :], 1) * scale, mask=inside)
 
 
-def project(keys: Tensor, vector: Tensor) -> Tensor:
-    """`[B, H, S]` float32: dot products of keys `[B, H, S, d]` with one vector a head, `[B, H, d]`."""
+def project(keys: Tensor, vector: Tensor, scale: float) -> Tensor:
+    """`[B, H, S]` float32: `scale` times the dot products of keys `[B, H, S, d]` with a vector a head, `[B, H, d]`."""
     b, h, size, d = keys.shape
     keys, strides = _strided(keys)
     out = torch.empty((b, h, size), dtype=torch.float32, device=keys.device)
     _project[(triton.cdiv(size, CONFIG["rows"]), b * h)](
-        keys, vector.contiguous(), out, *strides, h, size, D=d, BLOCK=CONFIG["rows"], num_warps=CONFIG["row_warps"]
-    )
+        keys, vector.contiguous(), out, *strides, h, size, float(scale),
+        D=d, BLOCK=CONFIG["rows"], num_warps=CONFIG["row_warps"],
+    )  # fmt: skip
     return out
 
 
 @triton.jit
 def _pack(
-    k_ptr, index_ptr, valid_ptr, out_ptr, inverse_ptr, k_b, k_h, k_s, index_h, heads, kept,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    k_ptr, index_ptr, valid_ptr, out_ptr, inverse_ptr, k_b, k_h, k_s, index_h, heads, kept, padded,
+    D: tl.constexpr, BLOCK: tl.constexpr, MARKED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, B * H): the kept keys side by side, and 1 / norm of each; NaN, which never wins, where empty."""
+    """Grid (tiles, B * H): the kept keys side by side, and 1 / norm of each; 0 where empty."""
     head = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < kept
-    row = head * kept + place
+    inside = place < padded
+    row = head * padded + place
     dim = tl.arange(0, D)[None, :]
-    slot = tl.load(index_ptr + head * index_h + place, mask=inside, other=0)
-    valid = tl.load(valid_ptr + row, mask=inside, other=0) != 0
+    valid = place < kept
+    if MARKED:
+        valid = valid & (tl.load(valid_ptr + head * kept + place, mask=valid, other=0) != 0)
+    slot = tl.load(index_ptr + head * index_h + place, mask=valid, other=0)
     source = k_ptr + head // heads * k_b + head % heads * k_h + slot[:, None] * k_s + dim
     key = tl.load(source, mask=valid[:, None], other=0.0)
-    tl.store(out_ptr + row[:, None] * D + dim, key, mask=inside[:, None])
     wide = key.to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), 1e-12)
-    tl.store(inverse_ptr + row, tl.where(valid, 1.0 / norm, float("nan")), mask=inside)
+    inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), 1e-12)
+    tl.store(out_ptr + row[:, None] * D + dim, key, mask=inside[:, None])
+    tl.store(inverse_ptr + row, tl.where(valid, inverse, 0.0), mask=inside)
 
 
 @triton.jit
 def _nearest(
-    k_ptr, gone_ptr, kept_ptr, inverse_ptr, best_ptr, index_ptr, k_b, k_h, k_s, gone_h, heads, gone, kept,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    k_ptr, gone_ptr, kept_ptr, inverse_ptr, pair_ptr, k_b, k_h, k_s, gone_h, heads, gone, padded, mask,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of evicted slots, B * H): every column of a tile keeps its own best until the end."""
+    """Grid (tiles of evicted slots, B * H): the first of the two neighbouring places that hold the best; -1 if none do.
+
+    A row of the product lies in four threads, column 8 j + 2 t + i in thread t: all but the last maximum is over what
+    one thread holds. The lowest bits of a pair's score say which j it is, so that one maximum finds score and place;
+    `_choose` takes the better one of the pair. Where `EXACT`, j is found beside the score.
+    """
     head = tl.program_id(1).to(tl.int64)
-    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    groups: tl.constexpr = BN // 8
     place = tl.program_id(0) * BM + tl.arange(0, BM)
     column, dim = tl.arange(0, BN), tl.arange(0, D)
     inside = place < gone
     slot = tl.load(gone_ptr + head * gone_h + place, mask=inside, other=0)
     row = k_ptr + head // heads * k_b + head % heads * k_h + slot[:, None] * k_s + dim[None, :]
     query = tl.load(row, mask=inside[:, None], other=0.0)
-    first = kept_ptr + head * kept * D
-    best = tl.full([BM, BN], -float("inf"), tl.float32)
-    tile = tl.zeros([BM, BN], tl.int32)
-    for start in tl.range(0, kept, BN, num_stages=STAGES):
-        other = start + column
-        source = first + other[None, :] * D + dim[:, None]
-        if EVEN:
-            key = tl.load(source)
-            inverse = tl.load(inverse_ptr + head * kept + other)
+    best = tl.full([BM, 4], -2.9e38, tl.float32)
+    group = tl.full([BM, 4], -1, tl.int32)
+    code = (groups - 1 - tl.arange(0, groups))[None, :, None]  # of equal scores the first
+    for start in tl.range(0, padded, BN, num_stages=STAGES):
+        key = tl.load(kept_ptr + (head * padded + start + column)[None, :] * D + dim[:, None])
+        inverse = tl.load(inverse_ptr + head * padded + start + column)
+        score = tl.dot(query, key, input_precision="ieee") * inverse[None, :]
+        if not WHOLE:
+            score = tl.where((inverse > 0)[None, :], score, -3.0e38)
+        pairs = tl.max(tl.reshape(score, [BM, groups, 4, 2]), 3)
+        if EXACT:
+            top, index = tl.max(pairs, 1, return_indices=True)
         else:
-            key = tl.load(source, mask=other[None, :] < kept, other=0.0)
-            inverse = tl.load(inverse_ptr + head * kept + other, mask=other < kept, other=float("nan"))
-        cosine = tl.dot(query, key, input_precision=precision) * inverse[None, :]
-        higher = cosine > best
-        best = tl.where(higher, cosine, best)
-        tile = tl.where(higher, start, tile)
+            # `mask` is -groups. As an argument it is in a register, and (a & b) | c is one instruction.
+            coded = (pairs.to(tl.int32, bitcast=True) & mask) | code
+            bits = tl.max(coded.to(tl.float32, bitcast=True), 1).to(tl.int32, bitcast=True)
+            top = (bits & mask).to(tl.float32, bitcast=True)
+            index = groups - 1 - (bits & (groups - 1))
+        higher = top > best
+        best = tl.where(higher, top, best)
+        group = tl.where(higher, start + index * 8, group)
     most = tl.max(best, 1)
-    index = tl.min(tl.where(best == most[:, None], tile + column[None, :], 2147483647), 1)
-    wide = query.to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), 1e-12)
-    tl.store(best_ptr + head * gone + place, most / norm, mask=inside)
-    tl.store(index_ptr + head * gone + place, index.to(tl.int64), mask=inside)
+    pair = tl.where(group >= 0, group + 2 * tl.arange(0, 4)[None, :], -1)
+    pair = tl.min(tl.where(best == most[:, None], pair, 2147483647), 1)
+    tl.store(pair_ptr + head * gone + place, pair, mask=inside)
 
 
-def nearest(keys: Tensor, gone: Tensor, kept: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+@triton.jit
+def _choose(
+    k_ptr, gone_ptr, kept_ptr, inverse_ptr, pair_ptr, best_ptr, index_ptr, k_b, k_h, k_s, gone_h, kept_h, heads, gone,
+    kept, padded, D: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of evicted slots, B * H): the better one of two places, and its cosine in float32."""
+    head = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < gone
+    first = k_ptr + head // heads * k_b + head % heads * k_h + tl.arange(0, D)[None, :]
+    pair = tl.load(pair_ptr + head * gone + place, mask=inside, other=-1)
+    slot = tl.load(gone_ptr + head * gone_h + place, mask=inside, other=0)
+    query = tl.load(first + slot[:, None] * k_s, mask=inside[:, None], other=0.0).to(tl.float32)
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    index = tl.zeros([BLOCK], tl.int32)
+    for i in tl.static_range(2):
+        other = pair + i
+        live = (pair >= 0) & (other < kept)
+        if not WHOLE:
+            live = live & (tl.load(inverse_ptr + head * padded + other, mask=live, other=0.0) > 0)
+        slot = tl.load(kept_ptr + head * kept_h + other, mask=live, other=0)
+        key = tl.load(first + slot[:, None] * k_s, mask=live[:, None], other=0.0).to(tl.float32)
+        cosine = tl.sum(query * key, 1) / tl.maximum(tl.sqrt(tl.sum(key * key, 1)), 1e-12)
+        higher = live & (cosine > best)
+        best = tl.where(higher, cosine, best)
+        index = tl.where(higher, other, index)
+    norm = tl.maximum(tl.sqrt(tl.sum(query * query, 1)), 1e-12)
+    tl.store(best_ptr + head * gone + place, best / norm, mask=inside)
+    tl.store(index_ptr + head * gone + place, index, mask=inside)
+
+
+def nearest(keys: Tensor, gone: Tensor, kept: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """The most similar kept slot of each evicted one; see `d2o.nearest_kept`.
+
+    The cosine is that of the chosen slot in float32. 16-bit keys are compared through scores that carry a place in
+    their last bits: the chosen slot's cosine is within 2^-18 of the highest.
 
     Args:
         keys: `[B, H, S, d]`.
         gone: `[B, H, E]` int64, the slots that ask.
         kept: `[B, H, K]` int64, the slots that may answer.
-        valid: `[B, H, K]` bool, which of those hold something.
+        valid: `[B, H, K]` bool, which of those hold something; None: all.
 
     Returns:
-        Cosine similarity `[B, H, E]` float32, and the place in `kept` `[B, H, E]` int64, of equal ones the first.
+        Cosine similarity `[B, H, E]` float32, and the place in `kept` `[B, H, E]` int32, of equal ones the first (where
+        their cosine is negative, any of them).
     """
     b, h, _, d = keys.shape
     (e,), (n,) = gone.shape[2:], kept.shape[2:]
     keys, strides = _strided(keys)
     (gone, gone_h), (kept, kept_h) = _indexed(gone), _indexed(kept)
-    packed = torch.empty((b, h, n, d), dtype=keys.dtype, device=keys.device)
-    inverse = torch.empty((b, h, n), dtype=torch.float32, device=keys.device)
-    _pack[(triton.cdiv(n, CONFIG["rows"]), b * h)](
-        keys, kept, valid.contiguous().view(torch.uint8), packed, inverse, *strides, kept_h, h, n,
-        D=d, BLOCK=CONFIG["rows"], num_warps=CONFIG["row_warps"],
+    exact = keys.dtype == torch.float32
+    # Wide rows take smaller tiles: what the tiles are set for is rows of 256 bytes. Without tensor cores a thread's
+    # registers hold less.
+    shrink = max(1, d * keys.element_size() // 256)
+    bm, bn = (CONFIG[side] // shrink for side in ("queries", "kept"))
+    bm, bn = max(16, bm // 2 if exact else bm), max(16, bn)
+    padded = triton.cdiv(n, bn) * bn
+    device, marks = keys.device, None if valid is None else valid.contiguous().view(torch.uint8)
+    packed = torch.empty((b * h * padded, d), dtype=keys.dtype, device=device)
+    inverse = torch.empty((b, h, padded), dtype=torch.float32, device=device)
+    _pack[(triton.cdiv(padded, CONFIG["rows"]), b * h)](
+        keys, kept, marks, packed, inverse, *strides, kept_h, h, n, padded,
+        D=d, BLOCK=CONFIG["rows"], MARKED=valid is not None, num_warps=CONFIG["row_warps"],
     )  # fmt: skip
-    best = torch.empty((b, h, e), dtype=torch.float32, device=keys.device)
-    index = torch.empty((b, h, e), dtype=torch.int64, device=keys.device)
-    # Wide rows take smaller tiles, so that shared memory holds them: 128 x 256 bytes is what the tiles are set for.
+    pair, index = torch.empty((2, b, h, e), dtype=torch.int32, device=device)
+    best = torch.empty((b, h, e), dtype=torch.float32, device=device)
     limit = {"maxnreg": CONFIG["nearest_registers"]} if CONFIG["nearest_registers"] and keys.is_cuda else {}
-    shrink = max(1, d * keys.element_size() // 512)
-    bm, bn = max(16, CONFIG["queries"] // shrink), max(16, CONFIG["kept"] // shrink)
+    whole = valid is None and padded == n
     _nearest[(triton.cdiv(e, bm), b * h)](
-        keys, gone, packed, inverse, best, index, *strides, gone_h, h, e, n,
-        D=d, BM=bm, BN=bn, EVEN=n % bn == 0, EXACT=keys.dtype == torch.float32,
+        keys, gone, packed, inverse, pair, *strides, gone_h, h, e, padded, -(bn // 8),
+        D=d, BM=bm, BN=bn, EXACT=exact, WHOLE=whole,
         STAGES=CONFIG["nearest_stages"] if shrink == 1 else 2, num_warps=CONFIG["nearest_warps"], **limit,
     )  # fmt: skip
+    rows = CONFIG["rows"] // 2
+    _choose[(triton.cdiv(e, rows), b * h)](
+        keys, gone, kept, inverse, pair, best, index, *strides, gone_h, kept_h, h, e, n, padded,
+        D=d, BLOCK=rows, WHOLE=whole, num_warps=CONFIG["row_warps"],
+    )  # fmt: skip
     return best, index
+
+
+@triton.jit
+def _settle(
+    order_ptr, keep_ptr, cardinality_ptr, similarity_ptr, nearest_ptr, old_ptr, target_ptr, weight_ptr, new_ptr,
+    bar, alpha, size, gone, RUNNING: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of places, B * H): where the slot at each place of `order` goes, and its weight.
+
+    Each program forms its head's mean for itself: that is read from L2 and takes less than another launch.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    first = head * size
+    kept = size - gone
+    if RUNNING:
+        total = tl.zeros([WIDE], tl.float32)
+        count = tl.zeros([WIDE], tl.int32)
+        for start in range(0, gone, WIDE):
+            place = start + tl.arange(0, WIDE)
+            live = place < gone
+            if RAGGED:
+                slot = tl.load(order_ptr + first + place, mask=live, other=0)
+                live = live & (tl.load(keep_ptr + first + slot, mask=live, other=1) == 0)
+                live = live & (tl.load(cardinality_ptr + first + slot, mask=live, other=0) > 0)
+            total += tl.load(similarity_ptr + head * gone + place, mask=live, other=0.0)
+            count += live.to(tl.int32)
+        number = tl.sum(count, 0)
+        mean = tl.sum(total, 0) / tl.maximum(number, 1).to(tl.float32)
+        old = tl.load(old_ptr + head)
+        moved = tl.where(old != old, mean, alpha * old + (1 - alpha) * mean)
+        bar = tl.where(number > 0, moved, old)
+        if tl.program_id(0) == 0:
+            tl.store(new_ptr + head, bar)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    evicted = place < gone
+    slot = tl.load(order_ptr + first + place, mask=inside, other=0)
+    similarity = tl.load(similarity_ptr + head * gone + place, mask=evicted, other=0.0)
+    goes = tl.load(nearest_ptr + head * gone + place, mask=evicted, other=0)
+    joins = (similarity >= bar) & (similarity > 0) if RUNNING else similarity > bar
+    stays = place >= gone
+    if RAGGED:
+        keep = tl.load(keep_ptr + first + slot, mask=inside, other=0) != 0
+        joins = joins & (keep == 0) & (tl.load(cardinality_ptr + first + slot, mask=inside, other=0) > 0)
+        stays = stays & keep
+    goes = tl.where(evicted, tl.where(joins, goes, kept), tl.where(stays, place - gone, kept))
+    goes = goes.to(target_ptr.dtype.element_ty) + (head * (kept + 1)).to(target_ptr.dtype.element_ty)
+    tl.store(target_ptr + first + slot, goes, mask=inside)
+    if RUNNING:
+        tl.store(weight_ptr + first + slot, tl.where(evicted, similarity, 1.0), mask=inside)
+
+
+def settle(
+    order: Tensor,
+    keep: Tensor,
+    cardinality: Tensor,
+    similarity: Tensor,
+    nearest: Tensor,
+    bar: tuple[Tensor, float] | float,
+    *,
+    ragged: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Where every slot goes; see `d2o.Eviction`, whose fields the arguments are.
+
+    Args:
+        order: `[B, H, S]` int64.
+        keep: `[B, H, S]` bool.
+        cardinality: `[B, H, S]` int32.
+        similarity: `[B, H, E]` float32.
+        nearest: `[B, H, E]` int32.
+        bar: what joins is more similar than this; or D2O's threshold so far `[B, H]` float32, NaN if none, and alpha.
+        ragged: some slots may be empty.
+
+    Returns:
+        The place each slot goes to, as `merge` takes it; and for D2O a slot's weight `[B, H, S]` float32, which is its
+        similarity or 1 for a kept one, and the new threshold `[B, H]`, else None twice.
+    """
+    b, h, size = order.shape
+    gone = similarity.shape[2]
+    running = not isinstance(bar, float)
+    places = b * h * (size - gone + 1)
+    target = torch.empty(order.shape, dtype=torch.int32 if places < 2**31 else torch.int64, device=order.device)
+    weight = torch.empty(order.shape, dtype=torch.float32, device=order.device) if running else None
+    old, alpha = bar if running else (None, 0.0)
+    new = torch.empty((b, h), dtype=torch.float32, device=order.device) if running else None
+    block = CONFIG["settle"]
+    _settle[(triton.cdiv(size, block), b * h)](
+        order, keep.contiguous().view(torch.uint8), cardinality.contiguous(), similarity, nearest,
+        old.contiguous() if running else None, target, weight, new, 0.0 if running else bar, alpha, size, gone,
+        RUNNING=running, RAGGED=ragged, BLOCK=block, WIDE=4 * block, num_warps=8,
+    )  # fmt: skip
+    return target, weight, new
 
 
 @triton.jit
@@ -332,10 +485,19 @@ def _weigh(weights, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _stretch(mass, moment, votes, top):
+    """KeepKV's factor on a merged key, from the sums of w, w l and p, w relative to e^top; see `keepkv._stretch`."""
+    mean = moment / mass
+    factor = (tl.log(mass / votes) + top) / tl.where(mean == 0, 1.0, mean)
+    return tl.where((factor >= 0.5) & (factor <= 2.0), factor, 1.0)
+
+
+@triton.jit
 def _sums(
-    k_ptr, v_ptr, member_ptr, target_ptr, k_weight_ptr, v_weight_ptr, out_k_ptr, out_v_ptr, part_k_ptr, part_v_ptr,
-    crossing_ptr, k_b, k_h, k_s, v_b, v_h, v_s, heads, size, rows, base, chunks,
-    D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
+    k_ptr, v_ptr, member_ptr, target_ptr, first_ptr, second_ptr, out_k_ptr, out_v_ptr, out_n_ptr, part_k_ptr,
+    part_v_ptr, part_ptr, crossing_ptr, k_b, k_h, k_s, v_b, v_h, v_s, heads, size, rows, base, chunks,
+    D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr, KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, B * H): the sums over a chunk of members; those of merges that go on elsewhere stay partial.
 
@@ -363,8 +525,6 @@ def _sums(
     slot = member.to(tl.int64)
     if LISTED:
         slot = tl.load(member_ptr + head * size + member, mask=inside, other=0) - head * size
-    k_weight = tl.load(k_weight_ptr + head * size + slot, mask=live, other=0.0)
-    v_weight = tl.load(v_weight_ptr + head * size + slot, mask=live, other=0.0)
     row = tl.arange(0, CHUNK)
     goes = tl.where(live, target - low, -1)[None, :] == row[:, None]
     place = low + row
@@ -374,15 +534,46 @@ def _sums(
     out = head * rows + place
     part = ((head * chunks + chunk) * 2).to(tl.int64) + last.to(tl.int64)
 
+    weight = tl.load(first_ptr + head * size + slot, mask=live, other=0.0)
+    second = tl.load(second_ptr + head * size + slot, mask=live, other=0)
+    if KIND == "sums":
+        for_k = tl.where(goes, weight[None, :], 0.0)
+        for_v = tl.where(goes, second[None, :], 0.0)
+    else:
+        votes = tl.sum(tl.where(goes, second[None, :], 0), 1)
+        for_v = tl.where(goes, weight[None, :], 0.0)
+        if KIND == "votes":
+            moment = for_v
+            top = tl.max(tl.where(goes, weight[None, :], -float("inf")), 1)
+            fall = tl.exp(tl.where(goes, weight[None, :] - top[:, None], -float("inf")))
+            for_v = second[None, :].to(tl.float32) * fall
+            moment = tl.sum(for_v * moment, 1)
+        mass = tl.sum(for_v, 1)
+        # A slot that nothing joins keeps its bits: w / w need not be 1 here.
+        lone = whole & (tl.sum(goes.to(tl.int32), 1) == 1)
+        share = 1.0 / tl.where(whole, mass, 1.0)
+        for_v = tl.where(lone[:, None], goes.to(tl.float32), for_v * share[:, None])
+        for_k = for_v
+        tl.store(out_n_ptr + out, votes, mask=whole)
+        tl.store(part_ptr + part * 4, mass, mask=first | last)
+        tl.store(part_ptr + part * 4 + 1, votes.to(tl.float32), mask=first | last)  # exact below 2^24 tokens
+        if KIND == "votes":
+            tl.store(part_ptr + part * 4 + 2, moment, mask=first | last)
+            tl.store(part_ptr + part * 4 + 3, top, mask=first | last)
+            several = whole & (lone == 0)
+            mass, top = tl.where(several, mass, 1.0), tl.where(several, top, 0.0)
+            stretch = _stretch(mass, moment, tl.where(several, votes, 1).to(tl.float32), top)
+            for_k = for_v * tl.where(several, stretch, 1.0)[:, None]
+
     dim = tl.arange(0, D)[None, :]
     x = tl.load(k_ptr + b * k_b + h * k_h + slot[:, None] * k_s + dim, mask=live[:, None], other=0.0)
-    total = _weigh(tl.where(goes, k_weight[None, :], 0.0), x, PRECISION)
+    total = _weigh(for_k, x, PRECISION)
     tl.store(out_k_ptr + out[:, None] * D + dim, total.to(out_k_ptr.dtype.element_ty), mask=whole[:, None])
     tl.store(part_k_ptr + part[:, None] * D + dim, total, mask=(first | last)[:, None])
 
     dim = tl.arange(0, DV)[None, :]
     x = tl.load(v_ptr + b * v_b + h * v_h + slot[:, None] * v_s + dim, mask=live[:, None], other=0.0)
-    total = _weigh(tl.where(goes, v_weight[None, :], 0.0), x, PRECISION)
+    total = _weigh(for_v, x, PRECISION)
     tl.store(out_v_ptr + out[:, None] * DV + dim, total.to(out_v_ptr.dtype.element_ty), mask=whole[:, None])
     tl.store(part_v_ptr + part[:, None] * DV + dim, total, mask=(first | last)[:, None])
 
@@ -393,8 +584,8 @@ def _sums(
 
 @triton.jit
 def _bridge(
-    part_k_ptr, part_v_ptr, crossing_ptr, out_k_ptr, out_v_ptr, rows, chunks,
-    D: tl.constexpr, DV: tl.constexpr, SPAN: tl.constexpr,
+    part_k_ptr, part_v_ptr, part_ptr, crossing_ptr, out_k_ptr, out_v_ptr, out_n_ptr, rows, chunks,
+    D: tl.constexpr, DV: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, B * H): where a merge that crosses chunks ends, its partial sums are added up."""
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -405,6 +596,10 @@ def _bridge(
         dim, dim_v = tl.arange(0, D)[None, :], tl.arange(0, DV)[None, :]
         total_k = tl.zeros([D], tl.float32)
         total_v = tl.zeros([DV], tl.float32)
+        mass = tl.zeros([], tl.float32)
+        votes = tl.zeros([], tl.float32)
+        moment = tl.zeros([], tl.float32)
+        top = tl.full([], -float("inf"), tl.float32)
         end = chunk + 1
         while end > 0:
             place = end - SPAN + tl.arange(0, SPAN)
@@ -413,11 +608,32 @@ def _bridge(
             middle = tl.load(note + place * 2, mask=known, other=-1) == target
             begins = tl.load(note + place * 2 + 1, mask=known, other=-1) == target
             part = (head * chunks + place) * 2 + begins.to(tl.int64)
-            member = (middle | begins)[:, None]
-            total_k += tl.sum(tl.load(part_k_ptr + part[:, None] * D + dim, mask=member, other=0.0), 0)
-            total_v += tl.sum(tl.load(part_v_ptr + part[:, None] * DV + dim_v, mask=member, other=0.0), 0)
+            member = middle | begins
+            some_k = tl.load(part_k_ptr + part[:, None] * D + dim, mask=member[:, None], other=0.0)
+            some_v = tl.load(part_v_ptr + part[:, None] * DV + dim_v, mask=member[:, None], other=0.0)
+            if KIND == "votes":  # sums relative to different maxima are brought to the highest
+                tops = tl.load(part_ptr + part * 4 + 3, mask=member, other=-float("inf"))
+                highest = tl.maximum(top, tl.max(tops, 0))
+                fall = tl.exp(tops - highest)
+                rest = tl.exp(top - highest)
+                some_k, some_v = some_k * fall[:, None], some_v * fall[:, None]
+                total_k, total_v = total_k * rest, total_v * rest
+                mass = mass * rest + tl.sum(tl.load(part_ptr + part * 4, mask=member, other=0.0) * fall, 0)
+                moment = moment * rest + tl.sum(tl.load(part_ptr + part * 4 + 2, mask=member, other=0.0) * fall, 0)
+                top = highest
+            elif KIND == "means":
+                mass += tl.sum(tl.load(part_ptr + part * 4, mask=member, other=0.0), 0)
+            if KIND != "sums":
+                votes += tl.sum(tl.load(part_ptr + part * 4 + 1, mask=member, other=0.0), 0)
+            total_k += tl.sum(some_k, 0)
+            total_v += tl.sum(some_v, 0)
             end = tl.where(tl.max(begins.to(tl.int32), 0) > 0, 0, end - SPAN)
         out = head * rows + target
+        if KIND != "sums":
+            tl.store(out_n_ptr + out, votes.to(tl.int32))
+            total_k, total_v = total_k / mass, total_v / mass
+        if KIND == "votes":
+            total_k = total_k * _stretch(mass, moment, votes, top)
         tl.store(out_k_ptr + out * D + tl.arange(0, D), total_k.to(out_k_ptr.dtype.element_ty))
         tl.store(out_v_ptr + out * DV + tl.arange(0, DV), total_v.to(out_v_ptr.dtype.element_ty))
 
@@ -449,33 +665,99 @@ def mix(
     Returns:
         Keys `[B, H, size, d]` and values `[B, H, size, d_v]` in their types.
     """
-    b, h, s, d = keys.shape
-    dv = values.shape[3]
-    device = keys.device
-    precision = _precision(keys.dtype)
-    chunk = CONFIG["chunk"] if precision != "ieee" else CONFIG["exact_chunk"]
-    (keys, k_strides), (values, v_strides) = _strided(keys), _strided(values)
-    member = target = target.contiguous()
+    b, h, s, _ = keys.shape
+    member, target = None, target.contiguous()
     if not runs:
-        head = torch.arange(b * h, device=device).view(b, h, 1) * (size + 1)
+        head = torch.arange(b * h, device=keys.device).view(b, h, 1) * (size + 1)
         flat = (target + head).flatten()
         flat = flat.to(torch.int32) if b * h * (size + 1) < 2**31 else flat
         target, member = flat.sort(stable=True)  # one sort of all heads: a head's slots stay together
+    return _summed(keys, values, target, member, (key_weight, value_weight), size, whole, "sums")[:2]
+
+
+def merge(
+    keys: Tensor,
+    values: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    cardinality: Tensor,
+    size: int,
+    *,
+    whole: bool,
+    votes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted means of the keys and values that go to each place; see `d2o.merge` and `keepkv.merge`.
+
+    Args:
+        keys: `[B, H, S, d]`.
+        values: `[B, H, S, d_v]`.
+        target: `[B, H, S]` int32 or int64, the place each slot goes to, `size` for those that go nowhere, counted on
+            from head to head by `size + 1`. The places that get something are consecutive.
+        weight: `[B, H, S]` float32, a slot's weight, or its logit if `votes`.
+        cardinality: `[B, H, S]` int32.
+        size: number of places.
+        whole: every place gets something; the others are set to 0.
+        votes: weights are KeepKV's, cardinality times e^logit, and merged keys are stretched.
+
+    Returns:
+        Keys `[B, H, size, d]` and values `[B, H, size, d_v]` in their types, and cardinalities `[B, H, size]` int32.
+    """
+    target, member = target.flatten().sort(stable=True)
+    kind = "votes" if votes else "means"
+    return _summed(keys, values, target, member, (weight, cardinality), size, whole, kind)
+
+
+def _summed(
+    keys: Tensor,
+    values: Tensor,
+    target: Tensor,
+    member: Tensor | None,
+    weights: tuple[Tensor, Tensor],
+    size: int,
+    whole: bool,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `_sums` and `_bridge`.
+
+    Args:
+        keys: `[B, H, S, d]`.
+        values: `[B, H, S, d_v]`.
+        target: `[B, H, S]`, or where sorted `[B * H * S]` and counted on from head to head by `size + 1`.
+        member: `[B * H * S]` int64, the slots in the targets' order; None if that is their own.
+        weights: `[B, H, S]` each, as `mix` takes them, or weight and cardinality as `merge` does.
+        size: number of places.
+        whole: every place gets something.
+        kind: "sums" for `mix`, "means" or "votes" for `merge`.
+
+    Returns:
+        Keys, values and, of `merge`, cardinalities of the places.
+    """
+    b, h, s, d = keys.shape
+    dv, device = values.shape[3], keys.device
+    precision = _precision(keys.dtype)
+    chunk = CONFIG["chunk"] if precision != "ieee" else CONFIG["exact_chunk"]
+    (keys, k_strides), (values, v_strides) = _strided(keys), _strided(values)
     new = torch.empty if whole else torch.zeros
     out_k = new((b, h, size, d), dtype=keys.dtype, device=device)
     out_v = new((b, h, size, dv), dtype=values.dtype, device=device)
+    out_n = new((b, h, size) if kind != "sums" else (0,), dtype=torch.int32, device=device)
     chunks = triton.cdiv(s, chunk)
     part_k = torch.empty((b * h, chunks, 2, d), dtype=torch.float32, device=device)
     part_v = torch.empty((b * h, chunks, 2, dv), dtype=torch.float32, device=device)
+    part = torch.empty((b * h, chunks, 2, 4) if kind != "sums" else (0,), dtype=torch.float32, device=device)
     crossing = torch.empty((b * h, chunks, 2), dtype=torch.int32, device=device)
+    first, second = (x.contiguous() for x in weights)
+    listed = member is not None
     _sums[(chunks, b * h)](
-        keys, values, member, target, key_weight.contiguous(), value_weight.contiguous(), out_k, out_v,
-        part_k, part_v, crossing, *k_strides, *v_strides, h, s, size, 0 if runs else size + 1, chunks,
-        D=d, DV=dv, CHUNK=chunk, LISTED=not runs, PRECISION=precision,
-        num_warps=CONFIG["mix_warps"],
+        keys, values, member, target, first, second, out_k, out_v, out_n, part_k, part_v, part, crossing,
+        *k_strides, *v_strides, h, s, size, size + 1 if listed else 0, chunks,
+        D=d, DV=dv, CHUNK=chunk, LISTED=listed, KIND=kind, PRECISION=precision, num_warps=CONFIG["mix_warps"],
     )  # fmt: skip
-    _bridge[(chunks, b * h)](part_k, part_v, crossing, out_k, out_v, size, chunks, D=d, DV=dv, SPAN=_SPAN, num_warps=4)
-    return out_k, out_v
+    _bridge[(chunks, b * h)](
+        part_k, part_v, part, crossing, out_k, out_v, out_n, size, chunks,
+        D=d, DV=dv, SPAN=_SPAN, KIND=kind, num_warps=4,
+    )  # fmt: skip
+    return out_k, out_v, out_n
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -1,8 +1,7 @@
-"""Attention of many queries over slots: the output, the exact column sums of the attention matrix, and curvatures.
+"""Attention of many queries over slots: the output, and the exact column sums of the attention matrix.
 
 Column sums need queries, keys and each query's log-sum-exp, which fused attention leaves behind: one more product of
-queries and keys, and memory that grows with the length, not with its square. The twin is `attention.attend`, for the
-curvatures `methods.kvslimmer.curvature_norms`.
+queries and keys, and memory that grows with the length, not with its square. The twin is `attention.attend`.
 
 Slots stand in time order and a pass's own tokens are the last ones, so that query i of n over S slots sees the slots
 up to S - n + i; what is empty has a bias of -inf.
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -25,11 +24,11 @@ def _scores(q, k, bias, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.cons
     s = tl.dot(q, k, input_precision=PRECISION)
     if CAPPED:
         s = s * scale
-        ratio = tl.exp2(-2.0 * tl.abs(s) / softcap * _LOG2E)
+        ratio = tl.exp2(-2.0 * tl.abs(s) / softcap * LOG2E)
         tanh = (1.0 - ratio) / (1.0 + ratio)
-        s = softcap * tl.where(s < 0, -tanh, tanh) * _LOG2E
+        s = softcap * tl.where(s < 0, -tanh, tanh) * LOG2E
     else:
-        s = s * (scale * _LOG2E)
+        s = s * (scale * LOG2E)
     return s + bias[None, :]
 
 
@@ -49,7 +48,7 @@ def _attend_tile(
     else:
         k = tl.load(k_ptr + slot[None, :] * k_s + dim[:, None])
         v = tl.load(v_ptr + slot[:, None] * v_s + dim[None, :])
-    bias = tl.load(bias_ptr + slot, mask=inside, other=0.0) * _LOG2E if BIAS else tl.zeros([BN], tl.float32)
+    bias = tl.load(bias_ptr + slot, mask=inside, other=0.0) * LOG2E if BIAS else tl.zeros([BN], tl.float32)
     s = _scores(q, k, bias, scale, softcap, CAPPED, PRECISION)
     if MASK:
         s = tl.where(inside[None, :] & (slot[None, :] <= past + row[:, None]), s, -float("inf"))
@@ -123,7 +122,7 @@ def _column_sums(
     )  # fmt: skip
     bias = tl.zeros([BN], tl.float32)
     if BIAS:
-        bias = tl.load(bias_ptr + (b * (heads // groups) + kv) * size + slot, mask=inside, other=0.0) * _LOG2E
+        bias = tl.load(bias_ptr + (b * (heads // groups) + kv) * size + slot, mask=inside, other=0.0) * LOG2E
     q_ptr += b * q_b + h * q_h
     lse_ptr += head * n
     acc = tl.zeros([BN], tl.float32)
@@ -134,89 +133,32 @@ def _column_sums(
         row = start + tl.arange(0, BM)
         real = row < last
         q = tl.load(q_ptr + row[None, :] * q_n + dim[:, None], mask=real[None, :], other=0.0)
-        lse = tl.load(lse_ptr + row, mask=real, other=float("inf")) * _LOG2E
-        s = _transposed_scores(k, q, bias, scale, softcap, CAPPED, PRECISION) - lse[None, :]
+        lse = tl.load(lse_ptr + row, mask=real, other=float("inf")) * LOG2E
+        s = transposed_scores(k, q, bias, scale, softcap, CAPPED, PRECISION) - lse[None, :]
         seen = real[None, :] & (slot[:, None] <= past + row[None, :])
         acc += tl.sum(tl.where(seen, tl.exp2(s), 0.0), 1)
     for start in range(middle, last, BM):
         row = start + tl.arange(0, BM)
         real = row < last
         q = tl.load(q_ptr + row[None, :] * q_n + dim[:, None], mask=real[None, :], other=0.0)
-        lse = tl.load(lse_ptr + row, mask=real, other=float("inf")) * _LOG2E
-        s = _transposed_scores(k, q, bias, scale, softcap, CAPPED, PRECISION) - lse[None, :]
+        lse = tl.load(lse_ptr + row, mask=real, other=float("inf")) * LOG2E
+        s = transposed_scores(k, q, bias, scale, softcap, CAPPED, PRECISION) - lse[None, :]
         acc += tl.sum(tl.exp2(s), 1)
     tl.store(out_ptr + head * size + slot, acc, mask=inside)
 
 
 @triton.jit
-def _transposed_scores(k, q, bias, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+def transposed_scores(k, q, bias, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
     """`_scores` with slots as rows: `[slots, queries]` of `k` `[slots, d]` and `q` `[d, queries]`."""
     s = tl.dot(k, q, input_precision=PRECISION)
     if CAPPED:
         s = s * scale
-        ratio = tl.exp2(-2.0 * tl.abs(s) / softcap * _LOG2E)
+        ratio = tl.exp2(-2.0 * tl.abs(s) / softcap * LOG2E)
         tanh = (1.0 - ratio) / (1.0 + ratio)
-        s = softcap * tl.where(s < 0, -tanh, tanh) * _LOG2E
+        s = softcap * tl.where(s < 0, -tanh, tanh) * LOG2E
     else:
-        s = s * (scale * _LOG2E)
+        s = s * (scale * LOG2E)
     return s + bias[:, None]
-
-
-@triton.jit
-def _curvature(
-    q_ptr, k_ptr, v_ptr, o_ptr, bias_ptr, lse_ptr, left_ptr, right_ptr, single_ptr, cross_ptr,
-    q_b, q_h, q_n, o_b, o_h, o_n, k_b, k_h, k_s, v_b, v_h, v_s, heads, groups, n, size, pairs, scale, softcap,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of pairs, B * H_q): second derivatives of BN pairs of slots, their norms summed over all queries."""
-    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = head // heads, head % heads
-    kv = h // groups
-    past = size - n
-    pair = block * BN + tl.arange(0, BN)
-    real = pair < pairs
-    dim = tl.arange(0, D)
-    one = (b * (heads // groups) + kv) * pairs
-    left = tl.load(left_ptr + one + pair, mask=real, other=0)
-    right = tl.load(right_ptr + one + pair, mask=real, other=0)
-    k_ptr += b * k_b + kv * k_h
-    v_ptr += b * v_b + kv * v_h
-    k1 = tl.load(k_ptr + left[:, None] * k_s + dim[None, :])
-    k2 = tl.load(k_ptr + right[:, None] * k_s + dim[None, :])
-    v1 = tl.load(v_ptr + left[:, None] * v_s + dim[None, :])
-    v2 = tl.load(v_ptr + right[:, None] * v_s + dim[None, :])
-    w1, w2 = v1.to(tl.float32), v2.to(tl.float32)
-    vv1, vv2, uu = tl.sum(w1 * w1, 1), tl.sum(w2 * w2, 1), tl.sum((w1 + w2) * (w1 + w2), 1)
-    bias1, bias2 = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
-    if BIAS:
-        bias_ptr += (b * (heads // groups) + kv) * size
-        bias1, bias2 = tl.load(bias_ptr + left) * _LOG2E, tl.load(bias_ptr + right) * _LOG2E
-    single1, single2, cross = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
-    for start in range(0, n, BM):
-        row = start + tl.arange(0, BM)
-        there = row < n
-        q = tl.load(q_ptr + b * q_b + h * q_h + row[None, :] * q_n + dim[:, None], mask=there[None, :], other=0.0)
-        o = tl.load(o_ptr + b * o_b + h * o_h + row[None, :] * o_n + dim[:, None], mask=there[None, :], other=0.0)
-        wide = o.to(tl.float32)
-        oo = tl.sum(wide * wide, 0)
-        lse = tl.load(lse_ptr + head * n + row, mask=there, other=float("inf")) * _LOG2E
-        p1 = tl.exp2(_transposed_scores(k1, q, bias1, scale, softcap, CAPPED, PRECISION) - lse[None, :])
-        p1 = tl.where(left[:, None] <= past + row[None, :], p1, 0.0)
-        o1 = tl.dot(v1, o, input_precision=PRECISION)
-        away = tl.sqrt(tl.maximum(vv1[:, None] - 2.0 * o1 + oo[None, :], 0.0))
-        single1 += tl.sum(p1 * tl.abs(1.0 - 2.0 * p1) * away, 1)
-        p2 = tl.exp2(_transposed_scores(k2, q, bias2, scale, softcap, CAPPED, PRECISION) - lse[None, :])
-        p2 = tl.where(right[:, None] <= past + row[None, :], p2, 0.0)
-        o2 = tl.dot(v2, o, input_precision=PRECISION)
-        away = tl.sqrt(tl.maximum(vv2[:, None] - 2.0 * o2 + oo[None, :], 0.0))
-        single2 += tl.sum(p2 * tl.abs(1.0 - 2.0 * p2) * away, 1)
-        both = tl.sqrt(tl.maximum(uu[:, None] - 4.0 * (o1 + o2) + 4.0 * oo[None, :], 0.0))
-        cross += tl.sum(p1 * p2 * both, 1)
-    out = head * pairs + pair
-    tl.store(single_ptr + out * 2, single1, mask=real)
-    tl.store(single_ptr + out * 2 + 1, single2, mask=real)
-    tl.store(cross_ptr + out, cross, mask=real)
 
 
 #: Tiles by (kernel, head size is above 128): queries, slots, warps, stages.
@@ -225,12 +167,12 @@ CONFIG = {
     ("attend", True): (64, 32, 4, 2),
     ("column_sums", False): (64, 128, 4, 3),
     ("column_sums", True): (32, 64, 4, 3),
-    ("curvature", False): (64, 64, 4, 2),
-    ("curvature", True): (32, 32, 4, 2),
+    ("shares", False): (64, 64, 4, 2),
+    ("shares", True): (32, 32, 4, 2),
 }
 
 
-def _tiles(kernel: str, queries: Tensor, rows: int) -> dict[str, int | str]:
+def tiles_for(kernel: str, queries: Tensor, rows: int) -> dict[str, int | str]:
     """Tile sizes and launch settings for `rows` queries."""
     d = queries.shape[-1]
     exact = queries.dtype == torch.float32
@@ -243,7 +185,7 @@ def _tiles(kernel: str, queries: Tensor, rows: int) -> dict[str, int | str]:
     }  # fmt: skip
 
 
-def _rows(x: Tensor) -> Tensor:
+def in_rows(x: Tensor) -> Tensor:
     """`x` with its last dimension dense, as the kernels read it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -265,13 +207,13 @@ def attend(
         Output `[B, H_q, n, d]` in the queries' dtype and log-sum-exp `[B, H_q, n]` float32; a query that sees nothing
         has output 0 and log-sum-exp +inf.
     """
-    queries, keys, values = _rows(queries), _rows(keys), _rows(values)
+    queries, keys, values = in_rows(queries), in_rows(keys), in_rows(values)
     b, hq, n, d = queries.shape
     out = queries.new_empty(b, hq, n, d)
     lse = queries.new_empty(b, hq, n, dtype=torch.float32)
-    tiles = _tiles("attend", queries, n)
+    tiles = tiles_for("attend", queries, n)
     _attend[(triton.cdiv(n, tiles["BM"]), b * hq)](
-        queries, keys, values, _bias(bias, queries), out, lse,
+        queries, keys, values, as_bias(bias, queries), out, lse,
         *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         hq, hq // keys.shape[1], n, keys.shape[2], scale, softcap or 0.0,
         BIAS=bias is not None, CAPPED=softcap is not None, **tiles,
@@ -302,13 +244,13 @@ def column_sums(
     Returns:
         `[B, H_q, S]` float32.
     """
-    queries, keys = _rows(queries), _rows(keys)
+    queries, keys = in_rows(queries), in_rows(keys)
     b, hq, n, _ = queries.shape
     size = keys.shape[2]
     out = queries.new_empty(b, hq, size, dtype=torch.float32)
-    tiles = _tiles("column_sums", queries, n - first)
+    tiles = tiles_for("column_sums", queries, n - first)
     _column_sums[(triton.cdiv(size, tiles["BN"]), b * hq)](
-        queries, keys, _bias(bias, queries), lse.contiguous(), out,
+        queries, keys, as_bias(bias, queries), lse.contiguous(), out,
         *queries.stride()[:3], *keys.stride()[:3],
         hq, hq // keys.shape[1], n, size, first, n, scale, softcap or 0.0,
         BIAS=bias is not None, CAPPED=softcap is not None, **tiles,
@@ -316,49 +258,6 @@ def column_sums(
     return out
 
 
-def curvature(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    pairs: tuple[Tensor, Tensor],
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """L2 norms of the output's second derivatives by the logits of pairs of slots, summed over the queries.
-
-    Args:
-        queries: `[B, H_q, n, d]`.
-        keys: `[B, H_kv, S, d]`; the last n are the queries' own.
-        values: `[B, H_kv, S, d]`.
-        output: `[B, H_q, n, d]`, the attention output of these queries.
-        lse: `[B, H_q, n]` float32; +inf leaves a query out.
-        bias: as in `attend`.
-        pairs: left and right slot of each pair, both `[B, H_kv, P]` int.
-        scale: factor on the logits.
-        softcap: cap on the logits, or None.
-
-    Returns:
-        |c11| and |c22| `[B, H_q, P, 2]`, and |c12| `[B, H_q, P]`, float32.
-    """
-    queries, keys, values, output = _rows(queries), _rows(keys), _rows(values), _rows(output)
-    b, hq, n, _ = queries.shape
-    size, count = keys.shape[2], pairs[0].shape[2]
-    single = queries.new_empty(b, hq, count, 2, dtype=torch.float32)
-    cross = queries.new_empty(b, hq, count, dtype=torch.float32)
-    tiles = _tiles("curvature", queries, n)
-    _curvature[(triton.cdiv(count, tiles["BN"]), b * hq)](
-        queries, keys, values, output, _bias(bias, queries), lse.contiguous(),
-        pairs[0].contiguous(), pairs[1].contiguous(), single, cross,
-        *queries.stride()[:3], *output.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        hq, hq // keys.shape[1], n, size, count, scale, softcap or 0.0,
-        BIAS=bias is not None, CAPPED=softcap is not None, **tiles,
-    )  # fmt: skip
-    return single, cross
-
-
-def _bias(bias: Tensor | None, queries: Tensor) -> Tensor:
+def as_bias(bias: Tensor | None, queries: Tensor) -> Tensor:
     """The bias as the kernels read it; any tensor where there is none."""
     return queries if bias is None else bias.float().contiguous()

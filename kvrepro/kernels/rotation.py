@@ -1,4 +1,4 @@
-"""Turn keys by a number of positions; the twin is `rope.Rotation.rotate`."""
+"""Turn keys by a number of positions, and find that number; twins: `rope.Rotation.rotate`, `attention.Step.shift`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+#: Slots that `_shift` looks at at a time.
+SCAN = 4096
 
 
 @triton.jit
@@ -51,6 +54,47 @@ def _rotate(
     target = out_ptr + (head * size + slot[:, None]) * D + dim[None, :]
     tl.store(target, tl.where(moved, new_low.to(kind), low), mask=known)
     tl.store(target + half, tl.where(moved, new_high.to(kind), high), mask=known)
+
+
+@triton.jit
+def _shift(place_ptr, card_ptr, out_ptr, size, BY_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (B * H): once over the row for the newest position and the whole, once more for the running sum."""
+    row = tl.program_id(0).to(tl.int64) * size
+    newest = tl.full([], -2147483648, tl.int32)
+    whole = tl.zeros([], tl.int32)
+    for start in range(0, size, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        inside = slot < size
+        newest = tl.maximum(newest, tl.max(tl.load(place_ptr + row + slot, mask=inside, other=-2147483648), 0))
+        weight = tl.load(card_ptr + row + slot, mask=inside, other=0)
+        whole += tl.sum(weight if BY_TOKENS else (weight > 0).to(tl.int32), 0)
+    before = tl.zeros([], tl.int32)
+    for start in range(0, size, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        inside = slot < size
+        tokens = tl.load(card_ptr + row + slot, mask=inside, other=0)
+        weight = tokens if BY_TOKENS else (tokens > 0).to(tl.int32)
+        there = newest - whole + before + tl.cumsum(weight, 0)
+        moved = there - tl.load(place_ptr + row + slot, mask=inside, other=0)
+        tl.store(out_ptr + row + slot, tl.where(tokens > 0, moved, 0), mask=inside)
+        before += tl.sum(weight, 0)
+
+
+def shift(positions: Tensor, cardinality: Tensor, by_tokens: bool) -> Tensor:
+    """`[B, H, S]` int32: by how many positions each slot is moved; see `attention.Step.shift`.
+
+    Args:
+        positions: `[B, H, S]` int32.
+        cardinality: `[B, H, S]` int32.
+        by_tokens: a slot stands at the running sum of cardinalities, else at that of slots.
+    """
+    out = torch.empty_like(positions, memory_format=torch.contiguous_format)
+    block = min(SCAN, max(16, triton.next_power_of_2(positions.shape[2])))
+    _shift[(positions.shape[0] * positions.shape[1],)](
+        positions.contiguous(), cardinality.contiguous(), out, positions.shape[2],
+        BY_TOKENS=by_tokens, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return out
 
 
 def rotate(keys: Tensor, shift: Tensor, frequencies: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvrepro.attention import Observation, Step
 from kvrepro.methods.base import option
-from kvrepro.methods.pairs import PairMerging
+from kvrepro.methods.pairs import Choice, PairMerging
 from kvrepro.slots import Slots
 
 
@@ -34,6 +34,10 @@ class AsymKV(PairMerging):
         "loss", "code: squared gradient of the chunk's loss; 'forward' (ours) needs no gradient", ("loss", "forward")
     )
 
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """As pairs merge; only the warning is said on the host."""
+        return super().steady(budget, arrived)
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Merge pairs in rounds; a merged slot carries the sum of its members' squared gradients."""
         if self.fisher == "loss" and step.gradients is None:
@@ -43,12 +47,12 @@ class AsymKV(PairMerging):
                 stacklevel=2,
             )
         found = step.gradients
-        squares = forward_fisher(slots, step.last(self.queries)) if found is None else found.square()
+        squares = forward_fisher(slots, self.judges(step)) if found is None else found.square()
         slots = dataclasses.replace(slots, stats={**slots.stats, "fisher": squares})
         slots = super().compress(slots, budget, step)
         return dataclasses.replace(slots, stats={n: x for n, x in slots.stats.items() if n != "fisher"})
 
-    def weigh(self, slots: Slots, step: Step, seen: Observation, chosen: Tensor, most: int) -> Tensor:
+    def weigh(self, slots: Slots, step: Step, seen: Observation, choice: Choice) -> Tensor:
         """k* = (g_i^2 k_i + g_j^2 k_j) / (g_i^2 + g_j^2) in each dimension; by cardinality where both are 0."""
         left, right = slots.stats["fisher"][:, :, :-1], slots.stats["fisher"][:, :, 1:]
         total = left + right

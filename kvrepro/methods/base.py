@@ -233,6 +233,15 @@ class Method:
         """
         return False
 
+    def leaves(self, budget: int) -> int | None:
+        """Slots that `compress` leaves while decoding, if that is always the same work: then a CUDA graph can hold it.
+
+        For methods that are due now and then. A number promises that `compress` after one token a row makes so many
+        new slots of `budget + 1` whatever they hold, none of them empty, changes no `state`, and decides nothing on the
+        host (see `steady`). None is always right, and slower on a GPU.
+        """
+        return None
+
     def accumulate(self, slots: Slots, found: dict[str, Tensor], step: Step) -> Slots:
         """Add this pass's attention statistics to the side vectors.
 

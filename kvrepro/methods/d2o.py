@@ -24,30 +24,44 @@ class Eviction:
     """What a choice of kept slots leaves, and where each evicted slot could go.
 
     Attributes:
+        keep: `[B, H_kv, S]` bool, the choice.
         order: `[B, H_kv, S]` int64, the evicted slots and then the kept ones (`slots.partition`).
-        place: `[B, H_kv, S]` int64, each kept slot's place among the `size` that stay; `size` for all others.
-        gone: `[B, H_kv, E]` int64, the slots that are not among those that stay; E = S - size.
-        evicted: `[B, H_kv, E]` bool, they hold something.
+        place: `[B, H_kv, S]` int64, each slot's place in `order`.
+        evicted: `[B, H_kv, E]` bool, of the first E = S - size slots in `order`, those that hold something; None: all.
         similarity: `[B, H_kv, E]` float32, the cosine with the most similar kept key.
-        nearest: `[B, H_kv, E]` int64, that slot's place.
+        nearest: `[B, H_kv, E]` int64 or int32, that slot's place among the `size` that stay.
         size: slots that stay.
     """
 
+    keep: Tensor
     order: Tensor
     place: Tensor
-    gone: Tensor
-    evicted: Tensor
+    evicted: Tensor | None
     similarity: Tensor
     nearest: Tensor
     size: int
 
+    @property
+    def gone(self) -> Tensor:
+        """`[B, H_kv, E]` int64: the slots that are not among those that stay."""
+        return self.order[..., : self.similarity.shape[2]]
+
+    @property
+    def exists(self) -> Tensor:
+        """`[B, H_kv, E]` bool: `evicted` written out."""
+        return torch.ones_like(self.nearest, dtype=torch.bool) if self.evicted is None else self.evicted
+
     def target(self, joins: Tensor) -> Tensor:
-        """`[B, H_kv, S]` int64: the place each slot goes to, given which of the evicted join `[B, H_kv, E]`."""
-        return self.place.scatter(2, self.gone, torch.where(joins, self.nearest, self.size))
+        """`[B, H_kv, S]` int64: the place each slot goes to, given which of the evicted join `[B, H_kv, E]`.
+
+        What goes nowhere has the target `size`.
+        """
+        stays = torch.where(self.keep, self.place - joins.shape[2], self.size)
+        return stays.scatter(2, self.gone, torch.where(joins, self.nearest, self.size).long())
 
     def spread(self, weight: Tensor) -> Tensor:
         """`[B, H_kv, S]`: the weight `[B, H_kv, E]` of each evicted slot, 1 for the others."""
-        return weight.new_ones(self.place.shape).scatter_(2, self.gone, weight)
+        return weight.new_ones(self.order.shape).scatter_(2, self.gone, weight)
 
 
 def evict(slots: Slots, keep: Tensor, budget: int) -> Eviction:
@@ -55,44 +69,36 @@ def evict(slots: Slots, keep: Tensor, budget: int) -> Eviction:
 
     Args:
         slots: `S` slots a head.
-        keep: `[B, H_kv, S]` bool, filled slots, at most `budget` a head.
+        keep: `[B, H_kv, S]` bool, filled slots, at most `budget` a head; as many as fit where no slot is empty.
         budget: slots a head may keep.
     """
     size = min(budget, slots.size)
     order, place = partition(keep)
     gone, kept = order.split([slots.size - size, size], dim=2)
-    valid, evicted = (torch.ones_like(index, dtype=torch.bool) for index in (kept, gone))
+    valid = evicted = None
     if slots.ragged:
         valid, evicted = keep.gather(2, kept), (slots.valid & ~keep).gather(2, gone)
-    similarity, nearest = nearest_kept(slots.keys, gone, kept, valid)
-    return Eviction(
-        order=order,
-        place=torch.where(keep, place - gone.shape[2], size),
-        gone=gone,
-        evicted=evicted,
-        similarity=similarity,
-        nearest=nearest,
-        size=size,
-    )
+    return Eviction(keep, order, place, evicted, *nearest_kept(slots.keys, gone, kept, valid), size)
 
 
-def nearest_kept(keys: Tensor, gone: Tensor, kept: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_kept(keys: Tensor, gone: Tensor, kept: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """For every evicted slot, the kept slot whose key is most similar to its own.
 
     Args:
         keys: `[B, H_kv, S, d]`.
         gone: `[B, H_kv, E]` int64, the evicted slots.
         kept: `[B, H_kv, K]` int64, the kept ones.
-        valid: `[B, H_kv, K]` bool, those of them that hold something.
+        valid: `[B, H_kv, K]` bool, those of them that hold something; None: all.
 
     Returns:
         Cosine similarity `[B, H_kv, E]` float32, -inf where nothing is kept, and the place in `kept`
-        `[B, H_kv, E]` int64, of equal ones the first.
+        `[B, H_kv, E]` int64 or int32, of equal ones the first.
     """
     if kernels.covers(keys) and gone.numel() and kept.numel():
         from kvrepro.kernels import merging
 
         return merging.nearest(keys, gone, kept, valid)
+    valid = torch.ones_like(kept, dtype=torch.bool) if valid is None else valid
     unit = normalize(take(keys, kept).float(), dim=-1).transpose(2, 3)
     similarity = torch.empty(gone.shape, dtype=torch.float32, device=keys.device)
     nearest = torch.empty_like(gone)
@@ -103,6 +109,61 @@ def nearest_kept(keys: Tensor, gone: Tensor, kept: Tensor, valid: Tensor) -> tup
         best = cosine.masked_fill_(~valid.unsqueeze(2), -torch.inf).max(dim=3)
         similarity[..., start : start + rows], nearest[..., start : start + rows] = best.values, best.indices
     return similarity, nearest
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What is at each place after a merge.
+
+    Attributes:
+        keys: `[B, H_kv, size, d]`.
+        values: `[B, H_kv, size, d_v]`.
+        cardinality: `[B, H_kv, size]` int32.
+    """
+
+    keys: Tensor
+    values: Tensor
+    cardinality: Tensor
+
+    def fill(self, slots: Slots, plan: Eviction) -> Slots:
+        """The kept ones of `slots` with these contents."""
+        content = (self.keys, self.values)
+        left = compact(slots, plan.keep, plan.size, order=plan.order, content=content, whole=not slots.ragged)
+        return dataclasses.replace(left, cardinality=self.cardinality)
+
+
+def merge(slots: Slots, plan: Eviction, old: Tensor, alpha: float) -> tuple[Merged, Tensor]:
+    """Merge what passes the threshold, weighted by cosine; a kept slot has cosine 1 with itself.
+
+    Args:
+        slots: `S` slots a head.
+        plan: which of them are evicted.
+        old: `[B, H_kv]` float32, the threshold before this eviction; NaN: none yet.
+        alpha: its weight in the running mean.
+
+    Returns:
+        The merged slots, and the threshold: the running mean, which starts at the first eviction's mean similarity.
+    """
+    if kernels.covers(slots.keys, slots.values) and plan.size:
+        from kvrepro.kernels import merging
+
+        target, weight, new = merging.settle(
+            plan.order, plan.keep, slots.cardinality, plan.similarity, plan.nearest, (old, alpha), ragged=slots.ragged
+        )
+        found = merging.merge(
+            slots.keys, slots.values, target, weight, slots.cardinality, plan.size, whole=not slots.ragged, votes=False
+        )
+        return Merged(*found), new
+    evicted, similarity = plan.exists, plan.similarity
+    number = evicted.sum(dim=2)
+    mean = similarity.masked_fill(~evicted, 0.0).sum(dim=2) / number.clamp_min(1)
+    moved = torch.where(old.isnan(), mean, alpha * old + (1 - alpha) * mean)
+    new = torch.where(number > 0, moved, old)
+    target = plan.target(evicted & (similarity >= new.unsqueeze(2)) & (similarity > 0))
+    weight = plan.spread(similarity)
+    weight = weight / total_at(weight, target, plan.size).gather(2, target)
+    keys, values = mix(slots, target, (weight, weight), plan.size)
+    return Merged(keys, values, total_at(slots.cardinality, target, plan.size)[..., : plan.size]), new
 
 
 @dataclass(frozen=True)
@@ -181,24 +242,9 @@ class D2O(Method):
         """Evict by accumulated mass; merge keys and values of similar evicted tokens, weighted by cosine."""
         keep = select(slots, slots.stats["mass"], budget, self.sinks, self.recent_of(budget))
         plan = evict(slots, keep, budget)
-        threshold, slots = self._threshold(slots, plan.similarity, plan.evicted)
-        joins = plan.evicted & (plan.similarity >= threshold.unsqueeze(2)) & (plan.similarity > 0)
-        target = plan.target(joins)
-        weight = plan.spread(plan.similarity)  # a kept slot has cosine 1 with itself
-        weight = weight / total_at(weight, target, plan.size).gather(2, target)
-        content = mix(slots, target, (weight, weight), plan.size)
-        cardinality = total_at(slots.cardinality, target, plan.size)[..., : plan.size]
-        left = compact(slots, keep, budget, order=plan.order, content=content, whole=not slots.ragged)
-        return dataclasses.replace(left, cardinality=cardinality)
-
-    def _threshold(self, slots: Slots, similarity: Tensor, evicted: Tensor) -> tuple[Tensor, Slots]:
-        """The running threshold `[B, H_kv]` after this eviction; it starts at the first eviction's mean similarity."""
-        number = evicted.sum(dim=2)
-        mean = similarity.masked_fill(~evicted, 0.0).sum(dim=2) / number.clamp_min(1)
-        old = slots.state.get("threshold", torch.full_like(mean, torch.nan))  # not set yet
-        moved = torch.where(old.isnan(), mean, self.alpha * old + (1 - self.alpha) * mean)
-        new = torch.where(number > 0, moved, old)
-        return new, dataclasses.replace(slots, state={"threshold": new})
+        old = (slots.state or self.initial_state(slots))["threshold"]
+        merged, threshold = merge(slots, plan, old, self.alpha)
+        return dataclasses.replace(merged.fill(slots, plan), state={"threshold": threshold})
 
 
 def _unevenness(slots: Slots) -> float:

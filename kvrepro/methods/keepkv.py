@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,8 +11,8 @@ from torch import Tensor
 from kvrepro import kernels
 from kvrepro.attention import Step
 from kvrepro.methods.base import Method, option
-from kvrepro.methods.d2o import evict
-from kvrepro.slots import Slots, compact, mix, select, total_at
+from kvrepro.methods.d2o import Eviction, Merged, evict
+from kvrepro.slots import Slots, mix, select, total_at
 
 
 @dataclass(frozen=True)
@@ -46,53 +45,69 @@ class KeepKV(Method):
         return True
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
-        """Evict by accumulated mass (ours); merge what is similar, preserving the newest query's attention.
-
-        With votes p, logits l (of the mean query of a group: ours), w = p e^l over the members of a merge:
-        p* = sum p, v* = sum w v / sum w, k* = (sum w k / sum w) * ln(sum w / sum p) / (sum w l / sum w), so that
-        q.k* is the logit at which p* votes carry the merged mass (paper, for two members; the sum is the same).
-        """
+        """Evict by accumulated mass (ours); merge what is similar, preserving the newest query's attention."""
         keep = select(slots, slots.stats["mass"], budget, self.sinks, self.recent_of(budget))
         plan = evict(slots, keep, budget)
-        target = plan.target(plan.evicted & (plan.similarity > self.threshold))
-        member = target < plan.size
-        logits = self._logits(slots, step)
-        # Weights relative to the largest logit: only their ratios matter, and e^l must not overflow.
-        top = logits.masked_fill(~member, -torch.inf).amax(dim=2, keepdim=True)
-        votes = slots.cardinality.to(logits.dtype).masked_fill(~member, 0.0)
-        weight = votes * (logits - top).exp()
-
-        def total(x: Tensor) -> Tensor:
-            """Sums over the members of each target, `[B, H_kv, size + 1]`."""
-            return total_at(x, target, plan.size)
-
-        mass, cardinality = total(weight), total(slots.cardinality)
-        p = cardinality.to(mass.dtype)
-        tiny = torch.finfo(mass.dtype).tiny
-        wanted = (mass.clamp_min(tiny) / p.clamp_min(1.0)).log() + top
-        mean = total(weight * logits.masked_fill(~member, 0.0)) / mass.clamp_min(tiny)
-        merged = (total(member.to(mass.dtype)) > 1) & (mass > tiny)
-        # A slot that nothing joins keeps its bits.
-        share = torch.where(merged.gather(2, target), weight / mass.clamp_min(tiny).gather(2, target), keep)
-        stretch = torch.where(merged, _stretch(wanted, mean), 1.0).gather(2, target)
-        content = mix(slots, target, (share * stretch, share), plan.size)
-        left = compact(slots, keep, budget, order=plan.order, content=content, whole=not slots.ragged)
-        return dataclasses.replace(left, cardinality=cardinality[..., : plan.size])
+        return merge(slots, plan, self._logits(slots, step), self.threshold).fill(slots, plan)
 
     def _logits(self, slots: Slots, step: Step) -> Tensor:
         """`[B, H_kv, S]`: logits of the newest query, averaged over the query heads of a group."""
         query = step.queries[:, :, :, -1].mean(dim=2)  # [B, H_kv, d]
-        return project(step.read_keys(slots), query) * step.scale
+        return project(step.read_keys(slots), query, step.scale)
 
 
-def project(keys: Tensor, vector: Tensor) -> Tensor:
-    """`[B, H_kv, S]`, float32 at least: dot products of keys `[B, H_kv, S, d]` with a vector a head `[B, H_kv, d]`."""
+def merge(slots: Slots, plan: Eviction, logits: Tensor, threshold: float) -> Merged:
+    """Merge what is more similar than a threshold, so that a query's attention to a merged slot is to its members.
+
+    With votes p, logits l (of the mean query of a group: ours), w = p e^l over the members of a merge:
+    p* = sum p, v* = sum w v / sum w, k* = (sum w k / sum w) * ln(sum w / sum p) / (sum w l / sum w), so that
+    q.k* is the logit at which p* votes carry the merged mass (paper, for two members; the sum is the same).
+
+    Args:
+        slots: `S` slots a head.
+        plan: which of them are evicted.
+        logits: `[B, H_kv, S]`, of the query whose attention is preserved.
+        threshold: cosine above which an evicted slot joins its most similar kept one.
+
+    Returns:
+        The merged slots.
+    """
+    if kernels.covers(slots.keys, slots.values) and plan.size:
+        from kvrepro.kernels import merging
+
+        found = merging.settle(
+            plan.order, plan.keep, slots.cardinality, plan.similarity, plan.nearest, threshold, ragged=slots.ragged
+        )
+        sums = merging.merge(
+            slots.keys, slots.values, found[0], logits, slots.cardinality, plan.size, whole=not slots.ragged, votes=True
+        )
+        return Merged(*sums)
+    target = plan.target(plan.exists & (plan.similarity > threshold))
+
+    def total(x: Tensor) -> Tensor:
+        """Sums over the members of each target, `[B, H_kv, size + 1]`."""
+        return total_at(x, target, plan.size)
+
+    # Weights relative to a merge's largest logit: only their ratios matter, and e^l must not overflow.
+    top = logits.new_full((*target.shape[:2], plan.size + 1), -torch.inf).scatter_reduce_(2, target, logits, "amax")
+    weight = slots.cardinality * (logits - top.gather(2, target)).exp()
+    mass, cardinality = total(weight), total(slots.cardinality)
+    merged = total(torch.ones_like(target)) > 1
+    stretch = torch.where(merged, _stretch((mass / cardinality).log() + top, total(weight * logits) / mass), 1.0)
+    # A slot that nothing joins keeps its bits.
+    share = torch.where(merged.gather(2, target), weight / mass.gather(2, target), plan.keep)
+    keys, values = mix(slots, target, (share * stretch.gather(2, target), share), plan.size)
+    return Merged(keys, values, cardinality[..., : plan.size])
+
+
+def project(keys: Tensor, vector: Tensor, scale: float) -> Tensor:
+    """`[B, H_kv, S]`, float32 at least: scaled dot products of keys `[B, H_kv, S, d]` with a head's `[B, H_kv, d]`."""
     if kernels.covers(keys, vector):
         from kvrepro.kernels import merging
 
-        return merging.project(keys, vector)
+        return merging.project(keys, vector, scale)
     wide = torch.promote_types(vector.dtype, torch.float32)
-    return (keys.to(wide) @ vector.to(wide).unsqueeze(-1)).squeeze(-1)
+    return (keys.to(wide) @ vector.to(wide).unsqueeze(-1)).squeeze(-1) * scale
 
 
 def _stretch(wanted: Tensor, mean: Tensor) -> Tensor:

@@ -93,6 +93,10 @@ class KVMerger(Method):
         """Chunks of a prompt are; while decoding, slots are freed a block at a time."""
         return self.bounded and arrived > 1
 
+    def leaves(self, budget: int) -> int | None:
+        """A block less than the slots that are one too many; a fixed threshold leaves what it leaves."""
+        return budget + 1 - self.block_of(budget) if self.bounded else None
+
     def recent_of(self, budget: int) -> int:
         """0.34 of the budget unless set; at least the newest token."""
         return max(1, _slots(self.recent, 0.34, budget))
@@ -136,7 +140,7 @@ class KVMerger(Method):
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Find the merging sets, merge each into its pivot."""
         decoding = step.queries.shape[3] == 1
-        goal = budget - self.block_of(budget) + 1 if decoding and self.bounded else budget
+        goal = self.leaves(budget) if decoding and self.bounded else budget
         link = self.links(slots, budget, goal)
         pivot, share = self._members(slots, link, step)
         stays = self._stays(slots, pivot)

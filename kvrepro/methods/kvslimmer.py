@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvrepro.attention import Observation, Step
-from kvrepro.methods.pairs import PairMerging
-from kvrepro.slots import Slots, partition, rank
+from kvrepro.methods.pairs import Choice, PairMerging
+from kvrepro.slots import Slots, rank
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,14 @@ class KVSlimmer(PairMerging):
             return {}
         return {"passes": slots.positions.new_zeros(slots.positions.shape[:2], dtype=torch.float32)}
 
-    def pair_factor(self, slots: Slots) -> Tensor:
-        """The pair's cardinality; the released code collapses it to one number, which changes no order."""
-        factor = super().pair_factor(slots)
-        return torch.ones_like(factor) if self.variant == "released" else factor
+    @property
+    def by_cardinality(self) -> bool:
+        """The released code collapses the pair's cardinality to one number, which changes no order."""
+        return self.variant == "paper"
+
+    def steady(self, budget: int, arrived: int = 1) -> bool:
+        """The running mean of the released code is kept on the device."""
+        return super().steady(budget, arrived)
 
     def accumulate(self, slots: Slots, found: dict[str, Tensor], step: Step) -> Slots:
         """The released code's running mean of h = alpha (1 - 2 alpha) |v - o|_1 over passes (chunks).
@@ -78,17 +82,17 @@ class KVSlimmer(PairMerging):
             slots, stats={"alpha": alpha.float(), "h": h.float()}, state={"passes": passes + asked}
         )
 
-    def weigh(self, slots: Slots, step: Step, seen: Observation, chosen: Tensor, most: int) -> Tensor:
+    def weigh(self, slots: Slots, step: Step, seen: Observation, choice: Choice) -> Tensor:
         """`[B, H_kv, S - 1, 1]`: the share of the left key by the closed form."""
         if self.variant == "released":
             alpha, single = slots.stats["alpha"], slots.stats["h"]
             distance = _mean_distance(slots, alpha)
             cross = alpha[..., :-1] * alpha[..., 1:] * (distance[..., :-1] + distance[..., 1:])
         elif seen.view is not None:
-            return _share_of_chosen(seen, chosen, most).unsqueeze(-1)
+            return _share_of_chosen(slots, step, seen, choice).unsqueeze(-1)
         else:
             alpha = seen.mass
-            single, cross = curvature_norms(slots, step)
+            single, cross = curvature_norms(slots, step, seen)
         return merge_share(single[..., :-1], single[..., 1:], cross, alpha[..., :-1], alpha[..., 1:]).unsqueeze(-1)
 
     def merge_stats(self, slots: Slots, share: Tensor) -> dict[str, Tensor]:
@@ -144,34 +148,28 @@ def merge_share(n11: Tensor, n22: Tensor, n12: Tensor, left: Tensor, right: Tens
     return torch.where(known, share.clamp(0.0, 1.0), by_attention.to(share.dtype))
 
 
-def _share_of_chosen(seen: Observation, chosen: Tensor, most: int) -> Tensor:
-    """`[B, H_kv, S - 1]`: the left key's share in the chosen pairs `[B, H_kv, S - 1]`, by kernel; 0 elsewhere."""
-    from kvrepro.kernels import prefill
+def _share_of_chosen(slots: Slots, step: Step, seen: Observation, choice: Choice) -> Tensor:
+    """`[B, H_kv, S - 1]`: the left key's share in the chosen pairs, by kernel; elsewhere whatever was there."""
+    from kvrepro.kernels import pairs
 
-    left = partition(chosen)[0][..., -most:]  # the chosen ones last, behind others where they are fewer
     view = seen.view
-    single, cross = prefill.curvature(
-        view.queries,
-        view.keys,
-        view.values,
-        view.output,
-        view.lse,
-        view.bias,
-        (left, left + 1),
-        view.scale,
-        view.softcap,
-    )  # [B, H_q, P, 2], [B, H_q, P]
-    b, h = seen.mass.shape[:2]
-    single, cross = (x.view(b, h, -1, *x.shape[2:]).sum(dim=2) for x in (single, cross))
-    share = merge_share(single[..., 0], single[..., 1], cross, seen.mass.gather(2, left), seen.mass.gather(2, left + 1))
-    return torch.zeros_like(seen.mass[..., :-1]).scatter(2, left, share)
+    if view.source is not slots.keys:  # some are merged by now
+        view = dataclasses.replace(
+            view, keys=step.read_keys(slots), values=slots.values, bias=step.bias(slots), source=slots.keys
+        )
+    return pairs.shares(view, slots.positions, step.query_positions, seen.mass, choice)
 
 
-def curvature_norms(slots: Slots, step: Step) -> tuple[Tensor, Tensor]:
+def curvature_norms(slots: Slots, step: Step, seen: Observation) -> tuple[Tensor, Tensor]:
     """L2 norms of the second derivatives, summed over the pass's queries and the group's heads.
 
     Norms come from inner products, |v_m + v_{m+1} - 2 o|^2 = |u|^2 - 4 u.o + 4 |o|^2, so no tensor of size
     queries x slots x d is formed.
+
+    Args:
+        slots: `S` slots a head, some merged since the queries saw them perhaps.
+        step: the queries.
+        seen: their output and log-sum-exp.
 
     Returns:
         |c11| for every slot `[B, H_kv, S]` (a pair's |c22| is its right slot's), and |c12| for every pair
@@ -182,9 +180,9 @@ def curvature_norms(slots: Slots, step: Step) -> tuple[Tensor, Tensor]:
     u = v[:, :, :-1] + v[:, :, 1:]
     vv, uu = v.square().sum(-1)[:, :, None], u.square().sum(-1)[:, :, None]  # [B, H, 1, S]
     single, cross = 0.0, 0.0
-    for _, p in step.blocks(slots):
+    for part, p in step.blocks(slots, seen.lse):
         p = p.flatten(2, 3)  # [B, H, G q, S]
-        o = p @ v
+        o = seen.output[:, :, :, part].flatten(2, 3).to(wide)
         oo, vo = o.square().sum(-1, keepdim=True), o @ v.transpose(2, 3)
         uo = vo[..., :-1] + vo[..., 1:]
         away = (vv - 2 * vo + oo).clamp_min(0.0).sqrt()

@@ -14,16 +14,45 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvrepro import kernels
 from kvrepro.attention import Observation, Step, observe
 from kvrepro.methods.base import POSITIONS, Method, option
-from kvrepro.slots import Slots, compact, greedy_pairs, partition, rank, take, top
+from kvrepro.slots import Slots, greedy_pairs, partition, rank, take, top
 
 #: Discount of a pair's score by its place in the cache, e^(-place / GAMMA) (AsymKV's code).
 GAMMA = 4096 / math.log(512)
 #: The released codes cap a slot's cardinality here.
 MAX_CARDINALITY = 5
+#: Queries that judge: all of a pass as long as the codes' chunk, the last ones of a longer pass.
+CHUNK, LAST = 512, 64
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Pairs to merge, the same for all heads.
+
+    Attributes:
+        chosen: `[B, 1, S - 1]` bool, pair (i, i + 1) is merged: slot i leaves, slot i + 1 stands for both.
+        order: `[B, 1, S]` int64, the slots that stay or are empty, then those that leave, each part in order.
+        count: pairs of each row, a number or `[B, 1, 1]` int64.
+        most: no row has more pairs.
+    """
+
+    chosen: Tensor
+    order: Tensor
+    count: Tensor | int
+    most: int
+
+    def kept(self, heads: int) -> Tensor:
+        """`[B, heads, S - most]` int64: the slots that stay, behind empty ones in rows that merge less than `most`."""
+        size = self.order.shape[2] - self.most
+        if isinstance(self.count, int):
+            kept = self.order[..., :size]
+        else:
+            kept = self.order.gather(2, torch.arange(size, device=self.order.device) + self.most - self.count)
+        return kept.expand(-1, heads, -1)
 
 
 @dataclass(frozen=True)
@@ -45,12 +74,19 @@ class PairMerging(Method):
         "ours: no token is lost; 'released' (code) picks all pairs at once, overlapping ones lose tokens",
         ("disjoint", "released"),
     )
-    queries: int = option(512, "code: a chunk's 512 queries judge; of a longer pass the last 512 (ours)")
+    queries: int | None = option(
+        None, "code: all queries of a chunk of up to 512 judge; of a longer pass the last 64 (ours, for speed)"
+    )
 
     def __post_init__(self) -> None:
         """Check the options' values."""
         super().__post_init__()
         self.require_whole("queries", 1)
+
+    def judges(self, step: Step) -> Step:
+        """The pass as the queries see it that judge the pairs."""
+        n = step.queries.shape[3]
+        return step.last(self.queries or (n if n <= CHUNK else LAST))
 
     def sinks_of(self, budget: int) -> int:
         """32, or an eighth of a small budget, unless set."""
@@ -60,122 +96,141 @@ class PairMerging(Method):
         """A quarter of the budget unless set; at least the newest token."""
         return max(1, budget // 4 if self.recent is None else self.recent)
 
-    def weigh(self, slots: Slots, step: Step, seen: Observation, chosen: Tensor, most: int) -> Tensor:
+    def weigh(self, slots: Slots, step: Step, seen: Observation, choice: Choice) -> Tensor:
         """The share of the left key in each merged pair.
 
         Args:
             slots: `S` slots a head.
             step: the queries that judge.
-            seen: their attention to the slots.
-            chosen: `[B, H_kv, S - 1]` bool, the pairs that will be merged; what is returned for others does not count.
-            most: no head has more chosen pairs.
+            seen: what they saw.
+            choice: the pairs that will be merged; what is returned for others does not count.
 
         Returns:
             `[B, H_kv, S - 1, 1]`, or `[B, H_kv, S - 1, d]` for a share of its own in each dimension.
         """
         raise NotImplementedError
 
+    @property
+    def by_cardinality(self) -> bool:
+        """Whether a pair's cardinality raises its score, which protects merged slots from merging again."""
+        return True
+
     def merge_stats(self, slots: Slots, share: Tensor) -> dict[str, Tensor]:
         """Side vectors of the pairs' merged slots, each `[B, H_kv, S - 1, ...]`: sums unless a method knows better."""
         return {name: x[:, :, :-1] + x[:, :, 1:] for name, x in slots.stats.items()}
 
     def steady(self, budget: int, arrived: int = 1) -> bool:
-        """Where one round is sure to find the pairs it needs."""
-        return arrived <= self._sure(budget + arrived, budget)
+        """The rounds and their sizes follow from the numbers of slots."""
+        return True
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
-        """Merge pairs in rounds until the cache fits; each round looks at the attention to the present slots."""
-        step = step.last(self.queries)
+        """Merge pairs in rounds until the cache fits.
+
+        The queries look once (ours; the codes pick all pairs at once). In later rounds a merged slot has received what
+        its parts received, and output and log-sum-exp are still those of that look.
+        """
+        step = self.judges(step)
         ragged = slots.ragged
+        seen = observe(step, slots)
         while slots.size > budget:
-            before = slots.size
-            slots = self._round(slots, budget, step)
-            if slots.size == before:
+            size = slots.size - self._merges(slots.size, budget)
+            if size == slots.size:
                 raise ValueError(
                     f"{self.name}: no pair is left to merge with a budget of {budget}, sinks={self.sinks_of(budget)} "
                     f"and recent={self.recent_of(budget)}; raise the budget or protect less"
                 )
+            slots, seen = self._round(slots, budget, size, step, seen)
         return dataclasses.replace(slots, ragged=ragged)  # rows that were full are full again
 
     def scores(self, slots: Slots, budget: int, mass: Tensor) -> Tensor:
         """`[B, 1, S - 1]`: what merging each pair would cost, +inf where it must not be merged (code).
 
         Attention `mass` `[B, H_kv, S]` of the pass's queries, over both slots and all heads, discounted by place, times
-        the pair's cardinality ("released" KVSlimmer leaves the last factor out: `pair_factor`).
+        the pair's cardinality (`by_cardinality`).
         """
+        if kernels.covers(slots.keys, slots.values):
+            from kvrepro.kernels import pairs
+
+            ends = self.sinks_of(budget), self.recent_of(budget)
+            return pairs.scores(mass, slots, *ends, GAMMA, self.by_cardinality)
         mass = mass.sum(dim=1, keepdim=True)  # [B, 1, S]
         place = rank(slots)[:, :1]
-        score = (mass[..., :-1] + mass[..., 1:]) * (-place[..., :-1] / GAMMA).exp() * self.pair_factor(slots)
+        score = (mass[..., :-1] + mass[..., 1:]) * (-place[..., :-1] / GAMMA).exp()
+        if self.by_cardinality:
+            tokens = slots.cardinality[:, :1].float()
+            score = score * (tokens[..., :-1] + tokens[..., 1:])
         count = slots.valid.sum(dim=2, keepdim=True)[:, :1]
         free = slots.valid[:, :1] & (place >= self.sinks_of(budget)) & (place < count - self.recent_of(budget))
         return score.masked_fill(~(free[..., :-1] & free[..., 1:]), torch.inf)
 
-    def pair_factor(self, slots: Slots) -> Tensor:
-        """`[B, 1, S - 1]`: the pair's cardinality, which protects merged slots from merging again."""
-        cardinality = slots.cardinality[:, :1].float()
-        return cardinality[..., :-1] + cardinality[..., 1:]
+    def _merges(self, size: int, budget: int) -> int:
+        """Pairs that a round merges in a row of `size` filled slots: as many as any choice is sure to find.
 
-    def _round(self, slots: Slots, budget: int, step: Step) -> Slots:
-        """One round: choose pairs, merge each into its right slot, drop the left one."""
-        seen = observe(step, slots)
-        score = self.scores(slots, budget, seen.mass)
-        excess = (slots.valid.sum(dim=2, keepdim=True)[:, :1] - budget).clamp_min(0)
-        allowed = greedy_pairs(score) if self.overlap == "disjoint" else torch.isfinite(score)
-        chosen = top(-score, allowed, excess).expand(-1, slots.keys.shape[1], -1)  # [B, H, S - 1]
-        keep = slots.valid & ~torch.nn.functional.pad(chosen, (0, 1))
-        fewest, size = self._size_after(slots, budget, keep)
-        share = self.weigh(slots, step, seen, chosen, slots.size - fewest)
-        total = slots.cardinality[:, :, :-1] + slots.cardinality[:, :, 1:]
-        stored = total.clamp_max(MAX_CARDINALITY) if self.variant == "released" else total
-        order, _ = partition(keep)
-        content = self._content(slots, step, chosen, share, stored, order[..., -size:])
-        merged = dataclasses.replace(
-            slots,
-            ragged=slots.ragged or fewest < size,
-            cardinality=_at_right(slots.cardinality, chosen, stored),
-            stats={n: _at_right(slots.stats[n], chosen, x) for n, x in self.merge_stats(slots, share).items()},
-        )
-        return compact(merged, keep, size, order=order, content=content)
-
-    def _sure(self, size: int, budget: int) -> int:
-        """Pairs that a round is sure to merge of `size` slots: a greedy matching takes at least a third of a path's."""
+        A greedy matching takes at least a third of a path's pairs, since each one it takes rules out two at most.
+        """
         pairs = max(0, size - self.sinks_of(budget) - self.recent_of(budget) - 1)
-        return -(-pairs // 3) if self.overlap == "disjoint" else pairs
+        sure = -(-pairs // 3) if self.overlap == "disjoint" else pairs
+        return max(0, min(sure, size - budget))
 
-    def _size_after(self, slots: Slots, budget: int, keep: Tensor) -> tuple[int, int]:
-        """The fewest and the most slots a head keeps in a round; asks the device only if it must."""
-        least = budget + 1 if slots.ragged else slots.size  # slots of a row that must let some go
-        if slots.size - budget <= self._sure(least, budget):
-            return budget, budget
-        fewest, most = (int(x) for x in keep.sum(dim=2).aminmax())
-        return fewest, most
+    def _merges_of_rows(self, slots: Slots, budget: int) -> Tensor:
+        """`[B, 1, 1]` int64: `_merges` of each row."""
+        filled = slots.valid[:, :1].sum(dim=2, keepdim=True)
+        pairs = (filled - (self.sinks_of(budget) + self.recent_of(budget) + 1)).clamp_min(0)
+        sure = (pairs + 2) // 3 if self.overlap == "disjoint" else pairs
+        return torch.minimum(sure, filled - budget).clamp_min(0)
 
-    def _content(
-        self, slots: Slots, step: Step, chosen: Tensor, share: Tensor, stored: Tensor, order: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, H_kv, n, d]` of the slots `order` `[B, H_kv, n]`, the chosen pairs merged.
+    def _round(self, slots: Slots, budget: int, size: int, step: Step, seen: Observation) -> tuple[Slots, Observation]:
+        """One round, which leaves `size` slots a head, and what the queries saw of them."""
+        score = self.scores(slots, budget, seen.mass)
+        allowed = greedy_pairs(score) if self.overlap == "disjoint" else torch.isfinite(score)
+        count = self._merges_of_rows(slots, budget) if slots.ragged else slots.size - size
+        chosen = top(-score, allowed, count)
+        choice = Choice(chosen, partition(pad(chosen, (0, 1)))[0], count, slots.size - size)
+        share = self.weigh(slots, step, seen, choice)
+        return self._merge(slots, step, seen, choice, share)
+
+    def _merge(
+        self, slots: Slots, step: Step, seen: Observation, choice: Choice, share: Tensor
+    ) -> tuple[Slots, Observation]:
+        """The slots that stay, the chosen pairs merged, and the attention to them.
 
         Keys are combined before rotary embedding and stand at the right slot's position. The codes keep sums of values:
-        with a capped cardinality (`stored`) the mean that is kept here grows beyond the mean.
+        with a capped cardinality the mean that is kept here grows beyond the mean.
         """
+        kept = choice.kept(slots.keys.shape[1])
+
+        def merged(x: Tensor, pairs: Tensor) -> Tensor:
+            """What stays of `x`, with `pairs` `[B, H_kv, S - 1, ...]` at the right slot of each chosen pair."""
+            pick = choice.chosen if x.dim() == 3 else choice.chosen.unsqueeze(-1)
+            return take(torch.cat([x[:, :, :1], torch.where(pick, pairs, x[:, :, 1:])], dim=2), kept)
+
+        stats = {n: merged(slots.stats[n], x) for n, x in self.merge_stats(slots, share).items()}
+        cap = MAX_CARDINALITY if self.variant == "released" else None
         if kernels.covers(slots.keys, slots.values) and step.rotation.covers(slots.keys.shape[-1]):
             from kvrepro.kernels import pairs
 
-            return pairs.merge(slots, chosen, share, stored, order, step.rotation.inv_freq)
+            content, mass = pairs.merge(slots, seen.mass, choice, share, cap, step.rotation.inv_freq)
+        else:
+            keys, values, tokens = self._merged_pairs(slots, step, share, cap)
+            content = {
+                "keys": merged(slots.keys, keys),
+                "values": merged(slots.values, values),
+                "positions": slots.positions.gather(2, kept),
+                "cardinality": merged(slots.cardinality, tokens),
+            }
+            mass = merged(seen.mass, seen.mass[:, :, :-1] + seen.mass[:, :, 1:])
+        left = Slots(**content, stats=stats, state=slots.state, dense=False, ragged=slots.ragged)
+        return left, dataclasses.replace(seen, mass=mass)
+
+    def _merged_pairs(self, slots: Slots, step: Step, share: Tensor, cap: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Key, value `[B, H_kv, S - 1, d]` and cardinality `[B, H_kv, S - 1]` that each pair would have, merged."""
         wide = torch.promote_types(slots.keys.dtype, torch.float32)
         plain = step.rotation.rotate(slots.keys.to(wide), -slots.positions)
         mixed = share * plain[:, :, :-1] + (1 - share) * plain[:, :, 1:]
         keys = step.rotation.rotate(mixed, slots.positions[:, :, 1:]).to(slots.keys.dtype)
+        tokens = slots.cardinality[:, :, :-1] + slots.cardinality[:, :, 1:]
+        tokens = tokens if cap is None else tokens.clamp_max(cap)
         left, right = (slots.cardinality[:, :, part].unsqueeze(-1) for part in (slice(0, -1), slice(1, None)))
         sums = slots.values[:, :, :-1].to(wide) * left + slots.values[:, :, 1:].to(wide) * right
-        values = (sums / stored.clamp_min(1).unsqueeze(-1)).to(slots.values.dtype)
-        return (
-            take(_at_right(slots.keys, chosen, keys), order),
-            take(_at_right(slots.values, chosen, values), order),
-        )
-
-
-def _at_right(x: Tensor, chosen: Tensor, merged: Tensor) -> Tensor:
-    """`x` with the right slot of each chosen pair replaced by `merged` (`[B, H, S - 1, ...]`)."""
-    pick = chosen if x.dim() == 3 else chosen.unsqueeze(-1)
-    return torch.cat([x[:, :, :1], torch.where(pick, merged, x[:, :, 1:])], dim=2)
+        values = (sums / tokens.clamp_min(1).unsqueeze(-1)).to(slots.values.dtype)
+        return keys, values, tokens

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from kvrepro.attention import Step, probabilities
+from kvrepro.attention import Step, causal_logits, softmax
 from kvrepro.methods.base import Method, option
 from kvrepro.slots import Slots, compact, select
 
@@ -50,7 +50,7 @@ class SnapKV(Method):
 
     def votes(self, slots: Slots, step: Step) -> Tensor:
         """`[B, H_kv, S]`: attention of the window's queries, summed over them, averaged over the group, pooled."""
-        p = probabilities(
+        logits = causal_logits(
             step.window_queries,
             step.window_positions,
             step.read_keys(slots),
@@ -59,7 +59,7 @@ class SnapKV(Method):
             step.scale,
             step.softcap,
         )
-        vote = p.sum(dim=3).mean(dim=2)  # [B, H_kv, S]
+        vote = softmax(logits).sum(dim=3).mean(dim=2)  # [B, H_kv, S]
         # Only the prefix is pooled: the window's own large votes must not spill over to their neighbours.
         inside = (
             slots.positions

@@ -97,6 +97,7 @@ class Chunk:
     read_keys: list[list[Array]]  # [H_kv][S]: the keys as they were read, rotated to their reading positions
     probabilities: list[list[list[float]]]  # [H_q][c][visible slots]
     outputs: Array  # [H_q, c, d]
+    normals: list[list[float]]  # [H_q][c]: log of the sum of the exponentials of a query's logits
 
 
 class Oracle:
@@ -161,15 +162,19 @@ class Oracle:
             )
         outputs = np.zeros_like(queries)
         probabilities: list[list[list[float]]] = []
+        normals: list[list[float]] = []
         for g in range(len(queries)):
             slots, keys = self.heads[g // self.group], read_keys[g // self.group]
             probabilities.append([])
+            normals.append([])
             for i, query in enumerate(queries[g]):
                 visible = [j for j, slot in enumerate(slots) if slot.position <= positions[i]]
-                row = softmax([self.logit(query, keys[j], slots[j]) for j in visible])
+                logits = [self.logit(query, keys[j], slots[j]) for j in visible]
+                normals[g].append(math.log(sum(math.exp(x) for x in logits)))
+                row = softmax(logits)
                 outputs[g, i] = sum(row[j] * self.read_value(slots[j]) for j in visible)
                 probabilities[g].append(row)
-        return Chunk(queries, positions, read_keys, probabilities, outputs)
+        return Chunk(queries, positions, read_keys, probabilities, outputs, normals)
 
     def logit(self, query: Array, key: Array, slot: Slot) -> float:
         """Scaled (and capped) dot product, with log c where a slot counts as c tokens."""

@@ -15,9 +15,12 @@ from .base import Array, Chunk, Oracle, Slot, greedy_pairs, rotate
 GAMMA = 4096 / math.log(512)
 
 
-def second_derivatives(probability: list[float], values: list[Array], m: int) -> tuple[Array, Array, Array]:
-    """c11, c12, c22 of KVSlimmer: ∂²o/∂s_i∂s_j for the pair (m, m + 1), o = Σ α v."""
-    output = sum(a * v for a, v in zip(probability, values, strict=True))
+def second_derivatives(
+    probability: list[float], values: list[Array], m: int, output: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """c11, c12, c22 of KVSlimmer: ∂²o/∂s_i∂s_j for the pair (m, m + 1), o = Σ α v unless it is given."""
+    if output is None:
+        output = sum(a * v for a, v in zip(probability, values, strict=True))
     a, b = probability[m], probability[m + 1]
     c11 = a * (1 - 2 * a) * (values[m] - output)
     c22 = b * (1 - 2 * b) * (values[m + 1] - output)
@@ -47,26 +50,45 @@ class PairMerging(Oracle):
         return slot.value / slot.cardinality
 
     def compress(self, chunk: Chunk) -> None:
-        """Rounds of merging; selection is shared by the layer."""
-        while len(self.heads[0]) > self.budget:
-            now = self.attend(chunk.queries, chunk.positions)
-            self.merge(self.choose(now), now)
+        """Rounds of merging, each as large as is sure to be possible; selection is shared by the layer.
 
-    def choose(self, now: Chunk) -> list[int]:
-        """Left ends of the pairs to merge."""
-        total = len(self.heads[0])
-        mass = [0.0] * total  # attention mass times cardinality, over all heads: the probabilities contain c
-        for head in range(len(self.heads)):
+        The queries look once: a merged slot has received what its parts received, and in later rounds it is weighed
+        against the outputs and the normalisers of that look.
+        """
+        now = self.attend(chunk.queries, chunk.positions)
+        self.received = [[0.0] * len(slots) for slots in self.heads]
+        for head, received in enumerate(self.received):
             for row in self.group_rows(head, now):
                 for j, probability in enumerate(row):
-                    mass[j] += probability
+                    received[j] += probability
+        while len(self.heads[0]) > self.budget:
+            self.merge(self.choose(), now)
+            now = self.weighed_again(now)
+
+    def weighed_again(self, now: Chunk) -> Chunk:
+        """The present slots as the same queries see them, without new outputs and normalisers."""
+        looked = self.attend(now.queries, now.positions)
+        probabilities = [
+            [
+                [p * math.exp(fresh - old) for p in row]
+                for row, fresh, old in zip(rows, looked.normals[g], now.normals[g], strict=True)
+            ]
+            for g, rows in enumerate(looked.probabilities)
+        ]
+        return Chunk(now.queries, now.positions, looked.read_keys, probabilities, now.outputs, now.normals)
+
+    def choose(self) -> list[int]:
+        """Left ends of the pairs to merge."""
+        total = len(self.heads[0])
+        mass = [sum(column) for column in zip(*self.received, strict=True)]  # times cardinality: probabilities hold c
+        pairs = total - self.sinks - max(self.recent, 1) - 1
         scores = []
         for i in range(total - 1):
             score = (mass[i] + mass[i + 1]) / math.exp(i / GAMMA)
             protected = i < self.sinks or i + 1 >= total - max(self.recent, 1)
             scores.append(math.inf if protected else score * self.cardinality_factor(i))
         if self.overlap == "disjoint":
-            return greedy_pairs(scores, total - self.budget)
+            return greedy_pairs(scores, min(total - self.budget, math.ceil(pairs / 3)))
         lowest = sorted(range(total - 1), key=lambda i: scores[i])[: total - self.budget]
         return sorted(i for i in lowest if math.isfinite(scores[i]))
 
@@ -79,6 +101,8 @@ class PairMerging(Oracle):
         for h, slots in enumerate(self.heads):
             pairs = {i + 1: self.pair(h, i, slots, now) for i in chosen}
             self.heads[h] = [pairs.get(j, slot) for j, slot in enumerate(slots) if j not in chosen]
+            sums = {i + 1: self.received[h][i] + self.received[h][i + 1] for i in chosen}
+            self.received[h] = [sums.get(j, x) for j, x in enumerate(self.received[h]) if j not in chosen]
 
     def pair(self, head: int, i: int, slots: list[Slot], now: Chunk) -> Slot:
         """v* = v_i + v_{i+1}, c* = c_i + c_{i+1} (released: at most 5), k* mixed before RoPE, placed at the right."""
@@ -186,13 +210,13 @@ class KVSlimmer(PairMerging):
             h12 = left * right * (self.distance(slots, i) + self.distance(slots, i + 1))
             return left_share(slots[i].stats["h"], h12, slots[i + 1].stats["h"], left, right)
         # The paper states one query; norms are summed over the chunk's queries and the group's heads.
-        norms, masses = np.zeros(3), np.zeros(2)
-        for row in self.group_rows(head, now):
-            padded = row + [0.0] * (len(slots) - len(row))
-            c = second_derivatives(padded, [self.read_value(slot) for slot in slots], i)
-            norms += [math.sqrt(float(x @ x)) for x in c]
-            masses += padded[i : i + 2]
-        return left_share(norms[0], norms[1], norms[2], masses[0], masses[1])
+        norms = np.zeros(3)
+        values = [self.read_value(slot) for slot in slots]
+        for g in range(head * self.group, (head + 1) * self.group):
+            for row, output in zip(now.probabilities[g], now.outputs[g], strict=True):
+                c = second_derivatives(row + [0.0] * (len(slots) - len(row)), values, i, output)
+                norms += [math.sqrt(float(x @ x)) for x in c]
+        return left_share(norms[0], norms[1], norms[2], *self.received[head][i : i + 2])
 
     def merged_stats(self, left: Slot, right: Slot, share: Any) -> dict[str, Any]:
         """Released code: h* = a² h_m + b² h_{m+1}; attention adds up."""
