@@ -16,7 +16,7 @@ from kvrepro.records import Record, Store, StoreError, read_records
 Plan = Mapping[str, Sequence[Mapping[str, Any]]]
 
 READ = ("full", "streaming_llm", "snapkv", "h2o", "weightedkv", "kvmerger", "kvslimmer")
-WRITE = ("full", "streaming_llm", "h2o", "weightedkv", "kvmerger")
+WRITE = ("full", "streaming_llm", "h2o", "weightedkv", "kvmerger", "kvslimmer")
 SOME = ("full", "streaming_llm", "weightedkv")
 MERGE = ("weightedkv", "kvmerger", "kvslimmer", "d2o", "keepkv")
 PAIRS = ("kvslimmer", "asymkv")
@@ -39,7 +39,7 @@ FULL: Plan = {
     "batch": [{"slots": 2048, "methods": SOME, "batch": [1, 4, 16, 64], "steps": 32, "peers": False}],
     "perplexity": [{"methods": "weightedkv", "budget": 256, "window": 2048, "rows": 128, "repeats": 1}],
     "long": [
-        {"lengths": 131072, "methods": ["h2o", "weightedkv", "kvmerger"], "chunk": 16384, "repeats": 1},
+        {"lengths": 131072, "methods": ["h2o", "weightedkv", "kvmerger", "kvslimmer"], "chunk": 16384, "repeats": 1},
         {"lengths": 65536, "methods": ["h2o", "weightedkv"], "chunk": 16384, "repeats": 1},
     ],
     "throughput": [{"length": 32768, "methods": "weightedkv"}],
