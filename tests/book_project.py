@@ -65,7 +65,7 @@ def make_project(root: Path) -> Project:
         {"name": "demo/words", "title": "Words", "profiles": {"smoke": {}, "gpu": {"times": 2}}},
     ]
     (root / "notebooks/index.yml").write_text(yaml.safe_dump(index), encoding="utf-8")
-    pages = ["book/results/demo/sizes", "book/results/demo/words", "book/rerun", "book/status"]
+    pages = ["book/results/demo/sizes", "book/results/demo/words", "book/rerun", "book/compare", "book/status"]
     toc = {"format": "jb-book", "root": "book/intro", "chapters": [{"file": page} for page in pages]}
     (root / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
     shutil.copy(ROOT / "_config.yml", root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,9 +26,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Record]]:
     monkeypatch.setattr(common, "_loaded", lambda *_: model)
     monkeypatch.setattr(common, "_tokenizer", lambda *_: None)
     monkeypatch.setattr(common.Bench, "windows", lambda _, text, length, n: tokens(n, length, seed=len(text)))
-    across._reference.cache_clear()
+
+    def forget() -> None:
+        """Let go of what was read with another model."""
+        across._reference.cache_clear()
+        weightedkv._nll.cache_clear()
+
+    forget()
     yield lambda function, *args, **kwargs: function("code", *args, model="smollm2-135m", **kwargs)
-    across._reference.cache_clear()
+    forget()
 
 
 def test_toy_gives_the_papers_numbers() -> None:
@@ -66,6 +73,55 @@ def test_perplexity_measures_full_once_and_skips_useless_budgets(small: Callable
         small(weightedkv.perplexity, "h2o", 32, 32, 2, 4)
     with pytest.raises(ValueError, match="even numbers"):
         small(weightedkv.perplexity, "h2o", 16, 33, 2, 4)
+
+
+PROTOCOLS = (weightedkv.perplexity, weightedkv.perplexity_in_pieces)
+
+
+@pytest.mark.parametrize("label", ["h2o", "weightedkv", "cam", "tova", "streaming_llm"])
+def test_a_shorter_window_is_the_beginning_of_a_longer_one(small: Callable, label: str) -> None:
+    sliding, pieces = (small(f, label, 12, [24, 48], 3) for f in PROTOCOLS)
+    model, ids = common._loaded("x", None, None), tokens(3, 48, seed=len("code"))
+    options = dict(sliding[0].cell.options)
+    for record, size in zip(sliding, (24, 48), strict=True):
+        alone = kvrepro.perplexity(model, ids[:, :size], label, 12, window=size, stride=size // 2, **options)
+        assert record.value.value == pytest.approx(alone.ppl, rel=1e-5)
+        assert record.value.extra["nll"] == pytest.approx(alone.nll.mean(dim=(1, 2)).tolist(), rel=1e-4)
+        assert (record.cell.params["protocol"], record.cell.params["chunk"]) == (weightedkv.SLIDING, 1)
+    whole = kvrepro.perplexity(model, ids, label, 12, window=48, stride=47, **options)
+    assert pieces[1].value.value == pytest.approx(whole.ppl, rel=1e-5)
+    assert {(r.cell.experiment, r.cell.params["protocol"]) for r in pieces} == {
+        ("perplexity_in_pieces", weightedkv.PIECES)
+    }
+
+
+def test_texts_sizes_and_protocols_share_one_reading(monkeypatch: pytest.MonkeyPatch, small: Callable) -> None:
+    read = []
+    plain = weightedkv.evaluate.perplexity
+    monkeypatch.setattr(weightedkv.evaluate, "perplexity", lambda *a, **k: read.append(a[2:4]) or plain(*a, **k))
+    for function in PROTOCOLS:
+        function(["code", "essays"], ["full", "h2o"], [12, 16], [24, 48], 2, model="smollm2-135m")
+    # The full cache is read to each window's end, since a longer one may be beyond the model's context.
+    assert read == [("full", None), ("full", None), ("h2o", 12), ("h2o", 16)]
+
+
+def test_a_text_is_measured_alike_alone_and_beside_others(small: Callable) -> None:
+    (alone,) = small(weightedkv.perplexity, "h2o", 12, 48, 2)
+    bench = common.Bench("weightedkv", "reading", "smollm2-135m")
+    both = weightedkv.Reading(bench, ("essays", "code"), 2, 48, batch_size=3).nll(alone.cell, 48)
+    assert both[:, -24:].mean(1).tolist() == pytest.approx(alone.value.extra["nll"], rel=1e-5)
+
+
+def test_texts_that_are_not_here_are_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, embedded: tuple
+) -> None:
+    monkeypatch.delenv("KVREPRO_DATA_DIR", raising=False)
+    found, missing = weightedkv.readable(["books", "essays"])
+    assert found == ["essays"] and "KVREPRO_DATA_DIR" in missing["books"]
+    monkeypatch.setenv("KVREPRO_DATA_DIR", str(tmp_path))
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("word " * 400, encoding="utf-8")
+    assert weightedkv.readable("books") == (["books"], {})
 
 
 def test_full_cache_beyond_the_models_positions_is_skipped_with_a_reason(small: Callable) -> None:
@@ -136,6 +192,28 @@ def test_same_bytes_is_fidelity_at_that_budget(small: Callable) -> None:
     assert record.value.extra["nbytes"] == found.nbytes
     with pytest.raises(ValueError, match="between 0 and 1"):
         small(across.same_bytes, "h2o", 1.5, 64, 16, 2)
+
+
+def test_reading_is_timed_in_turns_with_the_full_cache(small: Callable) -> None:
+    records = small(across.reading_times, {"h2o": 16, "weightedkv(merge=False)": 24}, 48, 2, 3)
+    found = [(r.cell.params["label"], r.cell.budget) for r in records]
+    assert found == [("h2o", 16), ("weightedkv(merge=False)", 24)]
+    for record in records:
+        assert record.cell.params["hardware"]
+        shares = np.divide(record.value.extra["times"], record.value.extra["times_full"])
+        assert len(shares) == record.value.n == 3
+        assert record.value.value == pytest.approx(np.median(shares), rel=1e-4)
+
+
+def test_pareto_front_by_comparing_all_pairs() -> None:
+    generator = np.random.default_rng(0)
+    costs = generator.integers(1, 5, (60, 3)).astype(float)
+    expected = [not any(all(b <= a) and any(b < a) for j, b in enumerate(costs) if j != i) for i, a in enumerate(costs)]
+    assert across.pareto_front(costs).tolist() == expected
+    # Within the slack two costs are equal, so that neither beats the other by it.
+    assert across.pareto_front(np.array([[1.0, 1.0], [1.04, 1.0]]), 0.05).tolist() == [True, True]
+    assert across.pareto_front(np.array([[1.0, 1.0], [1.2, 1.04]]), (0.05, 0.0)).tolist() == [True, False]
+    assert across.pareto_front(np.array([[1.0, 1.04], [1.2, 1.0]]), (0.05, 0.05)).tolist() == [True, False]
 
 
 def test_too_short_a_text_is_an_error_before_anything_runs(monkeypatch: pytest.MonkeyPatch, embedded: tuple) -> None:

@@ -30,7 +30,8 @@ from kvrepro.doctor import find_browser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = toc_files(Project(ROOT))
-GENERATED = shutil.ignore_patterns("results", "_generated", "status.md", "__pycache__", ".ipynb_checkpoints")
+WRITTEN = ("results", "_generated", "status.md", "compare.md")
+GENERATED = shutil.ignore_patterns(*WRITTEN, "__pycache__", ".ipynb_checkpoints")
 LOCAL_SCHEMES = ("data", "blob", "about", "chrome", "devtools")
 
 

@@ -91,10 +91,15 @@ def write_generated(project: Project, notebooks: Sequence[Notebook]) -> None:
     write_if_changed(folder / "profiles.md", "".join(profiles))
 
 
-def status_page(project: Project, notebooks: Sequence[Notebook]) -> str:
+def status_page(project: Project, notebooks: Sequence[Notebook], comparison: str = "") -> str:
     """The status page: what the pages were made with, when, and how long it took.
 
     It depends on what was run and on the checkout alone, so that it changes only when one of them does.
+
+    Args:
+        project: the checkout.
+        notebooks: all of its notebooks.
+        comparison: what came of comparing the values here with the published ones, in a sentence.
     """
     stamps = {notebook.name: Stamp.read(notebook.stamp) for notebook in notebooks}
     ran = [stamp for stamp in stamps.values() if stamp]
@@ -103,6 +108,7 @@ def status_page(project: Project, notebooks: Sequence[Notebook]) -> str:
             "# Status\n",
             "What the results pages of this copy of the book were made with. This page is written by the build.\n",
             _made_with(project, ran),
+            f"{comparison}\n",
             "## Notebooks\n",
             wide(_runs_table(notebooks, stamps)),
             "## Records\n",

@@ -14,6 +14,7 @@ import nbformat
 import yaml
 from nbformat import NotebookNode
 
+from kvrepro.book.compare_page import compare_page, compared, summary
 from kvrepro.book.execute import note
 from kvrepro.book.files import write_if_changed, write_text
 from kvrepro.book.ledger_page import ledger_page
@@ -24,7 +25,7 @@ from kvrepro.book.stamps import Sources, Stamp, why
 _COMMAND = ["build", ".", "--path-output", ".", "--all", "--keep-going", "-n"]
 _WARNING = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
 #: Pages that the build writes, by their names in the table of contents.
-_WRITTEN = ("book/status", "book/ledger")
+_WRITTEN = ("book/status", "book/ledger", "book/compare")
 _TOOLS = ("jupyter-book", "sphinx", "myst-nb", "sphinx-book-theme", "pydata-sphinx-theme", "sphinxcontrib-bibtex")
 
 
@@ -71,7 +72,7 @@ def _files(node: object) -> Iterator[str]:
 
 
 def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> list[str]:
-    """Bring everything that is generated up to date: tables, status page, ledger, notes on pages that no longer hold.
+    """Bring everything that is generated up to date: tables, status page, ledger, comparison, notes on stale pages.
 
     Args:
         project: the checkout.
@@ -95,7 +96,10 @@ def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> 
             fill_glue(page, shown.get(notebook.name, {}))
         write_if_changed(notebook.page, nbformat.writes(page) + "\n")
     write_generated(project, notebooks)
-    write_if_changed(project.book / "status.md", status_page(project, notebooks))
+    found = compared(notebooks)
+    write_if_changed(project.book / "_generated" / "machine.md", summary(found, "compare.md") + "\n")
+    write_if_changed(project.book / "compare.md", compare_page(found, {nb.name: nb.title for nb in notebooks}))
+    write_if_changed(project.book / "status.md", status_page(project, notebooks, summary(found, "compare.md")))
     write_if_changed(project.book / "ledger.md", ledger_page())
     return missing
 

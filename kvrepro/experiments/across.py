@@ -1,17 +1,26 @@
-"""All methods on the same text at the same bytes: how far the predictions move from the full cache's."""
+"""All methods on the same text at the same bytes: how far the predictions move from the full cache's, and the time.
+
+Quality, bytes and time together say which methods are worth having: those that no other one beats in all three.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvrepro import evaluate
 from kvrepro.cache import make_cache
 from kvrepro.experiments.common import Bench, as_list, parse_variants
+from kvrepro.models import resolve_device
+from kvrepro.provenance import device_name
 from kvrepro.records import Cell, Record, Skip, Value
 
 PAPER = "across"
@@ -135,3 +144,98 @@ def _largest_budget(model: PreTrainedModel, cell: Cell, reference: evaluate.Refe
     while budget > 1 and needed(budget) > target:
         budget -= 1
     return budget
+
+
+def reading_times(
+    text: str,
+    slots: Mapping[str, int],
+    context: int,
+    n: int,
+    repeats: int,
+    *,
+    model: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """How long it takes to read a context and compress it, by method, beside the full cache on the same machine.
+
+    Args:
+        text: Named text.
+        slots: Budget of each method or variant.
+        context: Tokens that are read, in one pass where the method allows it.
+        n: Passages side by side.
+        repeats: Times it is timed, after once to warm up.
+        model: Model to load.
+        device: Device, or None for the default.
+        dtype: Name of a torch dtype, or None for the default.
+        seed: Seed of the methods that draw at random.
+
+    Returns:
+        One record a method, see :func:`_reading_time`.
+    """
+    bench = Bench(PAPER, "reading_times", model, device, dtype)
+    bench.windows(text, context, n)  # too short a text is an error before anything runs
+    params = {"hardware": device_name(resolve_device(device)), "context": context, "passages": n, "repeats": repeats}
+    jobs = []
+    for variant in parse_variants(list(slots)):
+        about = {"method": variant, "data": text, "budget": slots[variant.label], "seed": seed, **params}
+        cell = bench.cell("prefill time", "of the full cache's", **about)
+        jobs.append((cell, partial(_reading_time, bench, cell)))
+    return bench.sweep(jobs)
+
+
+def _reading_time(bench: Bench, cell: Cell) -> Value:
+    """Time to read the context and to compress it, as a share of the full cache's.
+
+    The full cache and the method read in turns, so that what else the machine does slows both.
+
+    Returns:
+        The median share, its spread the median's standard error (1.25 sigma / sqrt(n)); ``extra["times"]`` and
+        ``extra["times_full"]`` [repeats] in seconds.
+    """
+    model, _ = bench.load()
+    ids = bench.windows(cell.data, cell.params["context"], cell.params["passages"]).to(model.device)
+    _read_once(model, ids, cell.method, cell.budget, cell.options)
+    found = np.array(
+        [
+            (_read_once(model, ids, "full", None, {}), _read_once(model, ids, cell.method, cell.budget, cell.options))
+            for _ in range(cell.params["repeats"])
+        ]
+    )
+    shares = found[:, 1] / found[:, 0]
+    error = 1.25 * float(shares.std(ddof=1)) / len(shares) ** 0.5 if len(shares) > 1 else None
+    extra = {"times": found[:, 1], "times_full": found[:, 0]}
+    return Value(float(np.median(shares)), error, len(shares), extra)
+
+
+def _read_once(
+    model: PreTrainedModel, ids: Tensor, method: str, budget: int | float | None, options: Mapping[str, Any]
+) -> float:
+    """Seconds to read `ids` ``[n, L]`` into an empty cache."""
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    cache = make_cache(model, method, budget, **options)
+    wait()
+    start = time.perf_counter()
+    evaluate.prefill(model, ids, cache)
+    wait()
+    return time.perf_counter() - start
+
+
+def pareto_front(costs: np.ndarray, slack: Sequence[float] | float = 0.0) -> np.ndarray:
+    """Which points no other point beats.
+
+    One point beats another when it is no worse in every cost and better in at least one. Differences within `slack`
+    count as none.
+
+    Args:
+        costs: ``[points, costs]``, lower is better, not negative.
+        slack: Share of a cost within which two count as equal, one for all costs or ``[costs]``.
+
+    Returns:
+        ``[points]`` bool.
+    """
+    mine, other = costs[:, None, :], costs[None, :, :]  # [points, 1, costs], [1, points, costs]
+    margin = np.asarray(slack) * np.maximum(mine, other)
+    beaten = (other <= mine + margin).all(-1) & (other < mine - margin).any(-1)  # [points, points]
+    return ~beaten.any(1)

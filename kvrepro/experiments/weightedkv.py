@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import product
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from kvrepro import evaluate, methods
+from kvrepro import evaluate, methods, texts
+from kvrepro.assets import AssetError
 from kvrepro.attention import Step, attend
 from kvrepro.experiments.capture import LayerCapture, capture_qkv
 from kvrepro.experiments.common import Bench, as_list, parse_variants
@@ -22,6 +24,9 @@ from kvrepro.records import Cell, Record, Skip, Store, Value
 from kvrepro.slots import Slots
 
 PAPER = "weightedkv"
+#: What the two protocols score of a text; the cells say which one they follow.
+SLIDING = "second half of each window"
+PIECES = "all of each piece"
 #: Tokens in a row whose mean a curve along a text keeps.
 BIN = 32
 
@@ -154,25 +159,46 @@ def singular_values(x: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(x.mT @ x).flip(-1).clamp_min(0).sqrt()
 
 
+def readable(names: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Which named texts this machine has, and why it lacks the others.
+
+    Args:
+        names: Named text or texts.
+
+    Returns:
+        Those that can be read, in order, and for each of the others the reason.
+    """
+    found, missing = [], {}
+    for name in as_list(names):
+        try:
+            texts.load(name)
+        except (ValueError, OSError, AssetError) as error:
+            missing[name] = str(error)
+        else:
+            found.append(name)
+    return found, missing
+
+
 def perplexity(
     text: str | Sequence[str],
     method: str | Sequence[str],
     budget: int | Sequence[int],
     window: int | Sequence[int],
     n_windows: int,
-    chunk: int,
+    chunk: int = 1,
     *,
     model: str,
     device: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> list[Record]:
-    """Perplexity against cache size and window (the paper's Table I).
+    """Perplexity against cache size and window, token by token (the paper's Table I).
 
     Each window starts with an empty cache and is scored on its second half. The paper slides windows over whole books
-    by half a window; here they come from different documents, so that they are independent samples. ``full`` is
-    measured once a window, the others at every budget smaller than the window.
+    by half a window; here they come from different documents, so that they are independent samples. The windows of all
+    texts are read side by side, and a shorter window is the beginning of a longer one, so that one reading of the
+    longest serves all. ``full`` is measured once a window, the others at every budget smaller than the window.
 
     Args:
         text: Named text or texts.
@@ -180,36 +206,150 @@ def perplexity(
         budget: Slots per KV head and layer.
         window: Tokens a window; even.
         n_windows: Windows a text, from different documents where there are enough.
-        chunk: Tokens that enter the cache at once; 1 is the paper's protocol.
+        chunk: Tokens that enter the cache at once. 1 is the paper's algorithm; more is another one.
         model: Model to load.
         device: Device, or None for the default.
         dtype: Name of a torch dtype, or None for the default.
         seed: Seed of the methods that draw at random.
-        batch_size: Windows computed side by side; it changes the speed only and is no part of the record.
+        batch_size: Windows read side by side, None for what memory holds; it changes the speed only and is no part of
+            the record.
+
+    Returns:
+        One record a cell, see :func:`_perplexity`. Cells that share a reading share its time: the first one's record
+        has all of it.
+
+    Raises:
+        ValueError: No budget is smaller than a window, a window is odd, or a text is too short.
+    """
+    sizes = as_list(window)
+    if any(size % 2 for size in sizes):
+        raise ValueError(f"half of a window is scored, so windows must be even numbers of tokens, not {sizes}")
+    about = {size: {"protocol": SLIDING, "window": size, "stride": size // 2, "windows": n_windows} for size in sizes}
+    bench = Bench(PAPER, "perplexity", model, device, dtype)
+    plan = Reading(replace(bench, experiment="reading"), tuple(as_list(text)), n_windows, max(sizes), batch_size)
+    return _sweep(bench, plan, method, as_list(budget), about, chunk, seed)
+
+
+def perplexity_in_pieces(
+    text: str | Sequence[str],
+    method: str | Sequence[str],
+    budget: int | Sequence[int],
+    piece: int | Sequence[int],
+    n_pieces: int,
+    chunk: int = 1,
+    *,
+    model: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> list[Record]:
+    """Perplexity by TOVA's protocol: the text is cut into pieces, and every token of a piece but the first is scored.
+
+    Not to be mixed with :func:`perplexity`: the tokens that are read before a cache is full count here, so that all
+    methods come closer to the full cache. Both share one reading where texts, sizes and numbers are the same.
+
+    Args:
+        text: Named text or texts.
+        method: Methods or variants, see :class:`kvrepro.experiments.common.Variant`.
+        budget: Slots per KV head and layer.
+        piece: Tokens a piece, each read from an empty cache (TOVA: 4096).
+        n_pieces: Pieces a text, from different documents where there are enough.
+        chunk: As for :func:`perplexity`.
+        model: Model to load.
+        device: Device, or None for the default.
+        dtype: Name of a torch dtype, or None for the default.
+        seed: Seed of the methods that draw at random.
+        batch_size: As for :func:`perplexity`.
 
     Returns:
         One record a cell, see :func:`_perplexity`.
 
     Raises:
-        ValueError: No budget is smaller than a window, a window is odd, or a text is too short.
+        ValueError: No budget is smaller than a piece, or a text is too short.
     """
-    bench = Bench(PAPER, "perplexity", model, device, dtype)
-    budgets, sizes = as_list(budget), as_list(window)
-    if min(budgets) >= max(sizes):
-        raise ValueError(f"no budget of {budgets} is below a window of {sizes}: nothing would be compressed")
-    if any(size % 2 for size in sizes):
-        raise ValueError(f"half of a window is scored, so windows must be even numbers of tokens, not {sizes}")
+    about = {size: {"protocol": PIECES, "piece": size, "pieces": n_pieces} for size in as_list(piece)}
+    bench = Bench(PAPER, "perplexity_in_pieces", model, device, dtype)
+    plan = Reading(replace(bench, experiment="reading"), tuple(as_list(text)), n_pieces, max(about), batch_size)
+    return _sweep(bench, plan, method, as_list(budget), about, chunk, seed)
+
+
+def _sweep(
+    bench: Bench,
+    plan: Reading,
+    method: str | Sequence[str],
+    budgets: list[int],
+    about: Mapping[int, Mapping[str, object]],
+    chunk: int,
+    seed: int,
+) -> list[Record]:
+    """Measure one cell a text, size, variant and budget; ``about`` says by size what is scored.
+
+    Raises:
+        ValueError: Nothing would be compressed, or a text is too short.
+    """
+    if min(budgets) >= plan.longest:
+        raise ValueError(f"no budget of {budgets} is below a window of {list(about)}: nothing would be compressed")
+    for name in plan.texts:
+        bench.windows(name, plan.longest, plan.n)  # too short a text is an error before anything runs
     jobs = []
-    for name, size, variant in product(as_list(text), sizes, parse_variants(method)):
-        bench.windows(name, size, n_windows)  # too short a text is an error before anything runs
+    for variant, name, size in product(parse_variants(method), plan.texts, about):
         for slots in [None] if variant.method == "full" else [b for b in budgets if b < size]:
-            params = {"window": size, "stride": size // 2, "windows": n_windows, "chunk": chunk}
+            params = {**about[size], "starts_of": plan.longest, "chunk": chunk}
             cell = bench.cell("perplexity", "", method=variant, data=name, budget=slots, seed=seed, **params)
-            jobs.append((cell, partial(_perplexity, bench, cell, batch_size)))
+            jobs.append((cell, partial(_perplexity, plan, cell)))
     return bench.sweep(jobs)
 
 
-def _perplexity(bench: Bench, cell: Cell, batch_size: int) -> Value:
+@dataclass(frozen=True)
+class Reading:
+    """Windows of several texts that are read side by side.
+
+    Attributes:
+        bench: The model.
+        texts: Names.
+        n: Windows a text.
+        longest: Tokens of the longest window.
+        batch_size: Windows read side by side, None for what memory holds.
+    """
+
+    bench: Bench
+    texts: tuple[str, ...]
+    n: int
+    longest: int
+    batch_size: int | None
+
+    def nll(self, cell: Cell, length: int) -> Tensor:
+        """``[n, length - 1]`` float64: negative log-likelihoods of all tokens but the first of the cell's windows."""
+        options = tuple(sorted(cell.options.items()))
+        whole = length if cell.method == "full" else self.longest
+        found = _nll(self, whole, cell.method, cell.budget, options, cell.params["chunk"])
+        rows = slice(self.texts.index(cell.data) * self.n, (self.texts.index(cell.data) + 1) * self.n)
+        return found[rows, : length - 1].double()
+
+
+@lru_cache(maxsize=64)
+def _nll(
+    plan: Reading, length: int, method: str, budget: int | None, options: tuple[tuple[str, object], ...], chunk: int
+) -> Tensor:
+    """``[texts * n, length - 1]``: one reading of all windows, kept for the cells of other texts, sizes, protocols."""
+    model, _ = plan.bench.load()
+    ids = torch.cat([plan.bench.windows(name, plan.longest, plan.n)[:, :length] for name in plan.texts])
+    found = evaluate.perplexity(
+        model,
+        ids,
+        method,
+        budget,
+        window=length,
+        stride=length - 1,  # every token but the first is scored
+        chunk=1 if method == "full" else chunk,  # the full cache takes as many at once as it likes
+        batch_size=None if method == "full" else plan.batch_size,
+        **dict(options),
+    )
+    return found.nll[:, 0]
+
+
+def _perplexity(plan: Reading, cell: Cell) -> Value:
     """Perplexity of one cell.
 
     Returns:
@@ -219,38 +359,25 @@ def _perplexity(bench: Bench, cell: Cell, batch_size: int) -> Value:
     Raises:
         Skip: the full cache does not fit into the model's context.
     """
-    window, n = cell.params["window"], cell.params["windows"]
-    model, _ = bench.load()
-    chunk = _chunk(model, cell, window)
-    ids = bench.windows(cell.data, window, n)
-    found = evaluate.perplexity(
-        model,
-        ids,
-        cell.method,
-        cell.budget,
-        window=window,
-        stride=cell.params["stride"],
-        chunk=chunk,
-        batch_size=batch_size,
-        **cell.options,
-    )
-    nll = found.nll.double().mean(dim=(1, 2))  # [windows]
-    error = found.ppl * float(nll.std()) / n**0.5 if n > 1 else None
-    return Value(found.ppl, error, n, {"nll": nll})
+    size = cell.params.get("window") or cell.params["piece"]
+    if cell.method == "full":
+        _check_context(plan.bench.load()[0], cell, size)
+    scored = cell.params.get("stride", size - 1)
+    nll = plan.nll(cell, size)[:, -scored:].mean(1)  # [windows]
+    mean = float(nll.mean().exp())
+    error = mean * float(nll.std()) / plan.n**0.5 if plan.n > 1 else None
+    return Value(mean, error, plan.n, {"nll": nll})
 
 
-def _chunk(model: PreTrainedModel, cell: Cell, length: int) -> int:
-    """Tokens read at once: the cell's, or many for the full cache, where it makes no difference.
+def _check_context(model: PreTrainedModel, cell: Cell, length: int) -> None:
+    """Make sure that a full cache of so many tokens is within the model's context.
 
     Raises:
-        Skip: The full cache of so many tokens is beyond the model's context.
+        Skip: It is beyond.
     """
-    if cell.method != "full":
-        return cell.params["chunk"]
     limit = model.config.get_text_config().max_position_embeddings
     if length > limit:
         raise Skip(f"{length} tokens are beyond the {limit} positions that {cell.model} was trained for")
-    return min(length, 512)  # bounds the memory of the logits
 
 
 def merge_or_evict(
@@ -258,7 +385,7 @@ def merge_or_evict(
     budget: int,
     length: int,
     n: int,
-    chunk: int,
+    chunk: int = 1,
     *,
     model: str,
     device: str | None = None,
@@ -271,7 +398,7 @@ def merge_or_evict(
         budget: Slots per KV head and layer.
         length: Tokens of a passage; each starts with an empty cache.
         n: Passages, from different documents where there are enough.
-        chunk: Tokens that enter the cache at once; 1 is the paper's protocol.
+        chunk: Tokens that enter the cache at once. 1 is the paper's algorithm; more is another one.
         model: Model to load.
         device: Device, or None for the default.
         dtype: Name of a torch dtype, or None for the default.
@@ -306,19 +433,10 @@ def _along(bench: Bench, cell: Cell) -> Value:
         Skip: The full cache does not fit into the model's context.
     """
     length, n = cell.params["length"], cell.params["passages"]
-    model, _ = bench.load()
-    ids = bench.windows(cell.data, length, n)
-    found = evaluate.perplexity(
-        model,
-        ids,
-        cell.method,
-        cell.budget,
-        window=length,
-        stride=length - 1,  # every token but the first is scored
-        chunk=_chunk(model, cell, length),
-        **cell.options,
-    )
-    nll = found.nll[:, 0].double()  # [n, length - 1]
+    plan = Reading(replace(bench, experiment="reading"), (cell.data,), n, length, None)
+    if cell.method == "full":
+        _check_context(bench.load()[0], cell, length)
+    nll = plan.nll(cell, length)
     mean = nll[:, cell.params["skipped"] :].mean(1)
     bins = nll[:, : nll.shape[1] // BIN * BIN].unflatten(1, (-1, BIN)).mean(2)
     return Value(float(mean.mean()), float(mean.std()) / n**0.5 if n > 1 else None, n, {"nll": bins})
