@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvrepro.records import Record, canonical
+from kvrepro.tasks.intervals import macro
 
 Verdict = Literal["reproduced", "same direction", "not reproduced", "contradicted", "not run"]
 REPRODUCED: Verdict = "reproduced"
@@ -611,6 +612,100 @@ def _differences(
     """Paired differences and the records behind them."""
     judged = difference(records, None, of=of, against=against, samples=samples, scale=scale)
     return list(judged.comparisons), list(judged.records)
+
+
+@_rule(
+    "Several long-context tasks, every task counting alike: the mean over tasks of the mean paired difference over a "
+    "task's samples, the method's minus the other's, with its 95 % bootstrap interval; documents are drawn within each "
+    "task. The tasks' own scores judge where they were measured for all tasks and the full cache's average reaches "
+    "what the entry names: a model that cannot answer has no score to lose. Else the mean log-likelihood of the "
+    "reference answers judges, in nats per token, whose size is not compared with the paper's. Each number says which "
+    "it is, and the other measure is told where there is one. Verdicts as for *difference*; a claim that little is "
+    "lost names a margin that the whole interval must stay within.",
+    "of against tasks least",
+    "direction margin",
+)
+def tasks(
+    records: Sequence[Record],
+    effect: float | None,
+    *,
+    of: str,
+    against: Sequence[str],
+    tasks: Sequence[str],
+    least: float,
+    direction: str = "higher",
+    margin: Mapping[str, float] | None = None,
+) -> Judged:
+    """A method's average over tasks against others'.
+
+    Args:
+        records: to choose from, of one way of reading the prompts.
+        effect: the paper's, points.
+        of: the method's label.
+        against: the others' labels.
+        tasks: names of the tasks, all of which must be there.
+        least: average score of the full cache, in per cent, from which on scores judge.
+        direction: ``lower`` or ``higher``.
+        margin: for a claim that little is lost: the loss that still counts as little, by measure, ``scores`` in points
+            and ``loglik`` in nats per token. Reproduced: the whole interval lies above minus the margin.
+            Contradicted: below it.
+    """
+    able = _average_score(records, tasks)
+    by_score = able is not None and able >= least
+    found, used = _over_tasks(records, of, against, tasks, "scores" if by_score else "loglik")
+    other = _told(records, of, against, tasks, "loglik" if by_score else "scores")
+    note = "; ".join(filter(None, [_ability(able), other]))
+    if margin is not None:
+        limit = -float(margin["scores" if by_score else "loglik"])
+        signs = [c.sign(limit) for c in found]
+        kept = CONTRADICTED if -1 in signs else REPRODUCED if all(sign == 1 for sign in signs) else NOT_REPRODUCED
+        return Judged(kept, found, used, f"margin {limit:g}; {note}".replace("-", "\N{MINUS SIGN}"))
+    verdict = by_direction(found, direction, effect if by_score else None, FACTOR)
+    return Judged(verdict, found, used, note)
+
+
+def _average_score(records: Sequence[Record], tasks: Sequence[str]) -> float | None:
+    """The full cache's score averaged over tasks; None where a task has none."""
+    found = {r.cell.params["task"]: r.value.value for r in records if label(r) == "full" and "scores" in r.value.extra}
+    values = [found.get(name) for name in tasks]
+    return None if None in values else float(np.mean([value for value in values if value is not None]))
+
+
+def _ability(able: float | None) -> str:
+    """What the full cache scores, in words."""
+    return "" if able is None else f"the full cache scores {able:.1f} points on average"
+
+
+def _over_tasks(
+    records: Sequence[Record], of: str, against: Sequence[str], tasks: Sequence[str], samples: str
+) -> tuple[list[Comparison], list[Record]]:
+    """Average differences to each rival, and the records behind them.
+
+    Raises:
+        Missing: not all tasks were measured in that way.
+    """
+    own = [r for r in records if samples in r.value.extra and r.cell.params.get("task") in tasks]
+    unit = "points" if samples == "scores" else "nats/token"
+    found, used = [], []
+    for rival in against:
+        matched = pairs(own, of, rival)
+        if lacks := [name for name in tasks if name not in {a.cell.params["task"] for a, _ in matched}]:
+            raise Missing(f"no records of {of} and {rival} on {', '.join(lacks)}")
+        parts = [((series(a, samples) - series(b, samples)).tolist(), a.value.extra["documents"]) for a, b in matched]
+        mean = macro(parts)
+        name = f"against {rival}, " + ("scores" if samples == "scores" else "log-likelihood")
+        found.append(Comparison(name, mean.mean, mean.low, mean.high, sum(len(x) for x, _ in parts), unit))
+        used += matched
+    return found, _all_of(used)
+
+
+def _told(records: Sequence[Record], of: str, against: Sequence[str], tasks: Sequence[str], samples: str) -> str:
+    """The other measure in words, where there is one."""
+    try:
+        found, _ = _over_tasks(records, of, against, tasks, samples)
+    except Missing:
+        return ""
+    return "; ".join(f"{c.name}: {c}" for c in found)
 
 
 def problem(given: Mapping[str, Any]) -> str:

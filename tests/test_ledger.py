@@ -345,6 +345,53 @@ class TestRules:
     def test_every_rule_says_what_it_asks(self) -> None:
         assert all(rule.text.format(factor=2).endswith(".") for rule in RULES.values())
 
+    @staticmethod
+    def _asked(label: str, task: str, **extra: list[float]) -> Record:
+        """A record of a task with one document a sample."""
+        values = next(iter(extra.values()))
+        more = {"ids": list("abcdefgh"), "documents": list("abcdefgh"), **extra}
+        return record(label, sum(values) / len(values), extra=more, task=task, measure=next(iter(extra)))
+
+    def _tasks(self, gap: float, scored: float | None = None) -> list[Record]:
+        """Two tasks and three methods: ``a`` is above ``b`` by ``gap`` nats, and by ``gap`` points in score."""
+        found = []
+        for task, base in (("x", -1.0), ("y", -3.0)):
+            for name, more in (("full", 0.5), ("b", 0.0), ("a", gap)):
+                own = [base + more + 0.01 * i * (name == "a") for i in range(8)]
+                found.append(self._asked(name, task, loglik=own))
+                if scored is not None:
+                    found.append(self._asked(name, task, scores=[scored + value for value in own]))
+        return found
+
+    def test_tasks_by_log_likelihood(self) -> None:
+        given = {"of": "a", "against": ["b"], "tasks": ["x", "y"], "least": 25}
+        judged = RULES["tasks"].judge(self._tasks(0.2), 1.0, **given)
+        (one,) = judged.comparisons
+        assert judged.verdict == REPRODUCED and one.unit == "nats/token" and one.n == 16  # sizes are not compared
+        assert one.mean == pytest.approx(0.235) and one.low is not None and 0.2 < one.low < one.mean
+        assert verdict("tasks", self._tasks(-0.2), **given) == CONTRADICTED
+        assert verdict("tasks", self._tasks(-0.035), **given) == NOT_REPRODUCED
+        assert verdict("tasks", self._tasks(0.2), **{**given, "direction": "lower"}) == CONTRADICTED
+        with pytest.raises(Missing, match="no records of a and b on z"):
+            verdict("tasks", self._tasks(0.2), **{**given, "tasks": ["x", "z"]})
+
+    def test_tasks_by_score_where_the_full_cache_can_answer(self) -> None:
+        given = {"of": "a", "against": ["b"], "tasks": ["x", "y"]}
+        able = RULES["tasks"].judge(self._tasks(0.2, scored=40), 0.2, least=25, **given)
+        assert able.verdict == REPRODUCED and able.comparisons[0].unit == "points"
+        assert "scores 38.5 points on average; against b, log-likelihood: 0.235" in able.note
+        assert verdict("tasks", self._tasks(0.2, scored=40), 9.0, least=25, **given) == SAME
+        weak = RULES["tasks"].judge(self._tasks(0.2, scored=4), 9.0, least=25, **given)
+        assert weak.verdict == REPRODUCED and weak.comparisons[0].unit == "nats/token" and "points" in weak.note
+
+    def test_tasks_that_lose_little(self) -> None:
+        given = {"of": "a", "against": ["full"], "tasks": ["x", "y"], "least": 25}
+        margin = {"scores": 5.0, "loglik": 0.1}
+        assert verdict("tasks", self._tasks(0.45), margin=margin, **given) == REPRODUCED
+        assert verdict("tasks", self._tasks(0.365), margin=margin, **given) == NOT_REPRODUCED
+        assert verdict("tasks", self._tasks(0.2), margin=margin, **given) == CONTRADICTED
+        assert "margin \N{MINUS SIGN}0.1" in RULES["tasks"].judge(self._tasks(0.2), None, margin=margin, **given).note
+
 
 class TestJudging:
     def test_missing_records(self) -> None:
@@ -402,7 +449,7 @@ class TestRealLedger:
 
     def test_rules_name_what_is_published(self, entries: list[Entry]) -> None:
         """A selection that misses its records by a misspelling would pass as not run: only these may find none."""
-        absent = {"weightedkv/merge_or_evict", "kvmerger/similarity", "kvslimmer/closed_form"}
+        absent = {"weightedkv/merge_or_evict", "kvmerger/similarity", "kvslimmer/closed_form", "across/longbench"}
         for entry in entries:
             if entry.claim.rule and entry.verdict == NOT_RUN:
                 assert entry.claim.page in absent and entry.claim.not_run, entry.claim.id

@@ -23,6 +23,10 @@ MANIFEST = "MANIFEST.md"
 _MANIFEST_ROW = re.compile(r"^\|\s*(\S+)\s*\|\s*(\d+)\s*\|\s*([0-9a-f]{64})\s*\|\s*$", re.MULTILINE)
 
 
+class MissingData(ValueError):
+    """The data folder or a file in it is not there; the message says what should be. Damage is another error."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One prompt with its reference answers.
@@ -184,11 +188,11 @@ def folder(what: str) -> Path:
         what: what is read from it, for the message.
 
     Raises:
-        ValueError: the variable is not set.
+        MissingData: the variable is not set.
     """
     named = os.environ.get(DATA_VARIABLE)
     if not named:
-        raise ValueError(f"{what} is read from the folder that the variable {DATA_VARIABLE} names, which is not set")
+        raise MissingData(f"{what} is read from the folder that the variable {DATA_VARIABLE} names, which is not set")
     return Path(named).expanduser()
 
 
@@ -200,12 +204,13 @@ def read_file(relative: str, what: str) -> tuple[str, str]:
         what: what the file should be, for messages: "one JSON object a line with …".
 
     Raises:
-        ValueError: the file is missing, is not the one that the folder's MANIFEST.md lists, or is no UTF-8 text.
+        MissingData: the file is missing.
+        ValueError: it is not the one that the folder's MANIFEST.md lists, or is no UTF-8 text.
     """
     root = folder(relative)
     path = root / relative
     if not path.is_file():
-        raise ValueError(f"{path} is missing; it should be {what}")
+        raise MissingData(f"{path} is missing; it should be {what}")
     data = path.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
     listed = _listed(root).get(relative)

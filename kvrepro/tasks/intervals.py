@@ -1,4 +1,4 @@
-"""Bootstrap intervals over documents, alone and paired."""
+"""Bootstrap intervals over documents: alone, paired, and of the mean over several tasks."""
 
 from __future__ import annotations
 
@@ -35,14 +35,10 @@ def bootstrap(values: Sequence[float], documents: Sequence[str], *, seed: int = 
     """
     if not len(values) or len(values) != len(documents):
         raise ValueError(f"{len(values)} values of {len(documents)} samples: give one value a sample, and at least one")
-    _, place = np.unique(np.asarray(documents), return_inverse=True)  # [n], document of each sample
-    sums = np.bincount(place, weights=np.asarray(values, dtype=np.float64))  # [documents]
-    counts = np.bincount(place)  # [documents]
-    mean = float(sums.sum() / counts.sum())
-    if len(sums) == 1:
+    mean = float(np.mean(np.asarray(values, dtype=np.float64)))
+    if len(set(documents)) == 1:
         return Interval(mean, None, None)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)  # [draws]
+    means = drawn(values, documents, seed=seed, draws=draws)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(mean, float(low), float(high))
 
@@ -52,3 +48,40 @@ def paired(
 ) -> Interval:
     """Mean of second − first over the same samples, with its interval over documents; arguments as `bootstrap`'s."""
     return bootstrap([b - a for a, b in zip(first, second, strict=True)], documents, seed=seed, draws=draws)
+
+
+def macro(parts: Sequence[tuple[Sequence[float], Sequence[str]]], *, seed: int = 0, draws: int = DRAWS) -> Interval:
+    """The mean over tasks of each task's mean, every task counting alike, with its bootstrap interval.
+
+    Documents are drawn with replacement within each task. A task of one document cannot vary: its mean is taken as it
+    is, and where every task has one only, there is no interval.
+
+    Args:
+        parts: a task's values `[n]` and the documents of its samples `[n]`.
+        seed: of the draws.
+        draws: number of draws.
+
+    Raises:
+        ValueError: no tasks, or as `bootstrap` says.
+    """
+    if not parts:
+        raise ValueError("a mean over tasks needs at least one task")
+    whole = [bootstrap(values, documents, seed=seed, draws=1) for values, documents in parts]
+    mean = float(np.mean([each.mean for each in whole]))
+    if all(each.low is None for each in whole):
+        return Interval(mean, None, None)
+    means = np.mean(
+        [drawn(values, documents, seed=seed + place, draws=draws) for place, (values, documents) in enumerate(parts)],
+        axis=0,
+    )  # [draws]
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def drawn(values: Sequence[float], documents: Sequence[str], *, seed: int, draws: int) -> np.ndarray:
+    """Means `[draws]` over the samples of documents drawn with replacement; arguments as `bootstrap`'s."""
+    _, place = np.unique(np.asarray(documents), return_inverse=True)  # [n], document of each sample
+    sums = np.bincount(place, weights=np.asarray(values, dtype=np.float64))  # [documents]
+    counts = np.bincount(place)  # [documents]
+    chosen = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
+    return sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
