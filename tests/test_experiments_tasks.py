@@ -93,7 +93,7 @@ def test_longbench_records(data: Path, tiny: PreTrainedModel) -> None:  # noqa: 
     first = records[1]
     assert (first.cell.paper, first.cell.experiment, first.cell.metric) == ("across", "longbench", "log-likelihood")
     assert first.cell.data_sha256 == longbench.load("qasper", 2).sha256 and first.cell.params["measure"] == "loglik"
-    assert {"ids", "documents", "loglik", "exact", "tokens", "slots"} == set(first.value.extra)
+    assert {"ids", "documents", "files", "loglik", "exact", "tokens", "slots"} == set(first.value.extra)
     assert records[0].cell.budget is None and {records[1].cell.budget, records[2].cell.budget} == {0.5, 0.25}
     assert [record.key for record in ask(samples=2)] == [record.key for record in records]
     scores = harness.longbench("qasper", "h2o", 0.5, measure="score", samples=2, max_length=200)

@@ -287,7 +287,6 @@ def _cell(
             "task": loader.name,
             "measure": measure,
             "samples": found,
-            "files": dict(task.files) if task else {},
             "max_length": setting.max_length,
             "chunk": setting.chunk,
             "dtype": bench.number_format,
@@ -343,11 +342,12 @@ def _score(prompts: Prompts, new_cache: Callable[[], kvrepro.CompressedCache], c
 
 
 def _value(values: Sequence[float], task: Task, extra: dict[str, object]) -> Value:
-    """Mean and standard error over samples, with what tells the samples apart."""
+    """Mean and standard error over samples, with what tells the samples and the copy of the data apart."""
     x = torch.tensor(values, dtype=torch.float64)
     error = float(x.std()) / len(x) ** 0.5 if len(x) > 1 else None
     about = {
         "ids": [sample.id for sample in task.samples],
         "documents": [sample.document or sample.id for sample in task.samples],
+        "files": dict(task.files),  # sha256 of each: which copy it was
     }
     return Value(float(x.mean()), error, len(x), {**about, **extra})

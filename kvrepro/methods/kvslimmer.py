@@ -32,8 +32,14 @@ class KVSlimmer(PairMerging):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """The released code keeps its running mean at every pass, so it needs the attention mass of each."""
-        return ("mass",) if self.variant == "released" else ()
+        """The released code keeps its running mean at every pass, so it needs the attention mass of each.
+
+        The paper's needs no statistic. On a GPU, asking for one makes a pass keep its log-sum-exp, so that the judges'
+        attention to a long prompt is not computed again; without a GPU it would only cost time.
+        """
+        if self.variant == "released":
+            return ("mass",)
+        return ("last",) if torch.cuda.is_available() else ()
 
     @property
     def accumulates(self) -> tuple[str, ...]:
