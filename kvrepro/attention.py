@@ -192,9 +192,14 @@ def attend(step: Step, slots: Slots, statistics: Sequence[str]) -> tuple[Tensor,
     return out, found
 
 
-def look(step: Step, slots: Slots, statistics: Sequence[str]) -> tuple[Tensor, dict[str, Tensor], View | None]:
-    """`attend`, and what the kernels read where they did the work, so that `observe` need not attend again."""
-    if kernels.covers(step.queries, slots.keys, slots.values) and (statistics or not _is_plain(step, slots)):
+def look(
+    step: Step, slots: Slots, statistics: Sequence[str], keep: bool = False
+) -> tuple[Tensor, dict[str, Tensor], View | None]:
+    """`attend`, and what the kernels read where they did the work, so that `observe` need not attend again.
+
+    With `keep` the kernels do it whether or not PyTorch's fused attention, which keeps no log-sum-exp, would suffice.
+    """
+    if kernels.covers(step.queries, slots.keys, slots.values) and (statistics or keep or not _is_plain(step, slots)):
         seen = view(step, slots)
         found = {name: seen.column_sums({"mass": 0, "last": seen.count - 1}[name]) for name in statistics}
         return seen.output.view(*step.queries.shape[:4], -1), found, seen

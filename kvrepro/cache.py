@@ -232,7 +232,8 @@ class CompressedLayer(CacheLayerMixin):
         if self.probe is not None:
             return self.probe.attend(self, slots, step)
         statistics = self.method.statistics if self.active else ()
-        out, found, view = look(step, slots, statistics)
+        keep = self.active and self.method.observes and query.shape[2] > 1
+        out, found, view = look(step, slots, statistics, keep)
         step = dataclasses.replace(step, view=view)
         self.seen += query.shape[2]
         arrived = query.shape[2] if mask is None else (positions >= 0).sum(dim=1).to(torch.int32)

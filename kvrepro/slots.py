@@ -131,7 +131,7 @@ def partition(keep: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The slot at each place, and the place of each slot, `[B, H, S]` int64 both.
     """
-    if _has_kernel(keep):
+    if has_kernel(keep):
         from kvrepro.kernels import merging
 
         return merging.partition(keep)
@@ -213,7 +213,7 @@ def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
     Returns:
         `[B, H, S]` bool.
     """
-    if _has_kernel(score):
+    if has_kernel(score):
         from kvrepro.kernels import merging
 
         return merging.top(score, candidates, count)
@@ -335,34 +335,6 @@ def join_right(slots: Slots, keep: Tensor, weights: Tensor) -> Slots:
     return replace(slots, values=values, cardinality=torch.where(keep, cardinality, slots.cardinality), dense=False)
 
 
-def greedy_pairs(score: Tensor) -> Tensor:
-    """The pairs of neighbours a greedy matching takes: lowest score first, no slot twice.
-
-    On a path the greedy choice has a closed form. Walk from a pair down the falling scores to its local minimum: the
-    minimum is taken, its neighbour is not, the next is, and so on. A pair is taken when its distance to the minimum
-    it falls to is even on each side. (Of equal scores the left pair goes first.)
-
-    Args:
-        score: `[..., P]`, the score of pair (i, i+1); +inf forbids it.
-
-    Returns:
-        `[..., P]` bool.
-    """
-    size = score.shape[-1]
-    if size and score.dtype == torch.float32 and _has_kernel(score):
-        from kvrepro.kernels import pairs
-
-        return pairs.greedy(score)
-    index = torch.arange(size, device=score.device)
-    left_first = torch.zeros_like(score, dtype=torch.bool)
-    left_first[..., 1:] = score[..., :-1] <= score[..., 1:]
-    right_first = torch.zeros_like(score, dtype=torch.bool)
-    right_first[..., :-1] = score[..., 1:] < score[..., :-1]
-    start = torch.where(left_first, 0, index).cummax(dim=-1).values
-    end = torch.where(right_first, size, index).flip(-1).cummin(dim=-1).values.flip(-1)
-    return ((index - start) % 2 == 0) & ((end - index) % 2 == 0) & torch.isfinite(score)
-
-
 def uniform(seed: int, layer: int, head: Tensor, position: Tensor, stream: int = 0) -> Tensor:
     """A uniform number in [0, 1) that depends on these five numbers and nothing else.
 
@@ -392,7 +364,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _has_kernel(x: Tensor) -> bool:
+def has_kernel(x: Tensor) -> bool:
     """Whether the kernels take a vector `[B, H, S]`: marks, or scores of a type they know."""
     dtype = x.dtype if x.is_floating_point() else torch.float32
     return kernels.covers(x.new_empty((0, kernels.HEAD_DIMS[0]), dtype=dtype))  # it asks about heads

@@ -85,7 +85,8 @@ def test_top_equals_its_twin_bit_for_bit(size: int, held: int, monkeypatch: pyte
 
 @pytest.mark.parametrize("size", [1, 5, 37, 130])
 def test_partition_equals_its_twin_and_a_stable_sort(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(merging.CONFIG, "scan", 16)
+    monkeypatch.setitem(merging.CONFIG, "scan", 32)
+    monkeypatch.setitem(merging.CONFIG, "tile", 16)
     for share in (0.0, 0.3, 1.0):
         keep = torch.rand(2, 2, size) < share
         order, place = merging.partition(keep)

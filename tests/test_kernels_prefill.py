@@ -16,7 +16,8 @@ from kvrepro import attention, kernels, methods
 from kvrepro.attention import Step
 from kvrepro.methods.pairs import Choice
 from kvrepro.rope import Rotation
-from kvrepro.slots import Slots, greedy_pairs, partition
+from kvrepro.methods.pairs import greedy_pairs
+from kvrepro.slots import Slots, partition
 
 prefill = pytest.importorskip("kvrepro.kernels.prefill")
 pairs_kernel = pytest.importorskip("kvrepro.kernels.pairs")
@@ -269,7 +270,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     script = tmp_path / "launch.py"
     script.write_text(
         "import torch\n"
-        "from kvrepro.kernels import pairs, prefill, rotation\n"
+        "from kvrepro.kernels import merging, pairs, prefill, rotation\n"
         "from kvrepro.attention import View\n"
         "from kvrepro.methods.pairs import Choice\n"
         "from kvrepro.slots import Slots\n"
@@ -282,6 +283,9 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "pairs.scores(mass, slots, 4, 8, 650.0, True)\n"
         "pairs.greedy(torch.rand(1, 1, 299))\n"
         "rotation.shift(ones, ones, True)\n"
+        "score = torch.rand(1, 2, 40000)\n"
+        "for size in (300, 20000, 40000):\n"
+        "    merging.partition(merging.top(score[..., :size], score[..., :size] > 0.2, 100))\n"
         "order = torch.arange(300).expand(1, 1, -1)\n"
         "for count in (100, torch.full((1, 1, 1), 90)):\n"
         "    choice = Choice(ones[:, :1, 1:] > 0, order, count, 100)\n"
@@ -291,7 +295,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "        pairs.merge(slots, mass, choice, share, 5, torch.rand(64))\n",
         encoding="utf-8",
     )
-    compile_script(script, launches=13)
+    compile_script(script, launches=19)
 
 
 def compile_script(script: Path, launches: int) -> None:

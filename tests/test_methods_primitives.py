@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from oracles import base
 
 from kvrepro import slots as primitives
+from kvrepro.methods.pairs import greedy_pairs
 from kvrepro.rope import Rotation
 from kvrepro.slots import Slots
 
@@ -40,7 +41,7 @@ SCORES = st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, 4.0, math.inf]) | st.floa
 @given(SCORES)
 def test_greedy_pairs_equals_sorting_and_taking(scores: list[float]) -> None:
     """The closed form is the greedy matching, ties and forbidden pairs included."""
-    taken = primitives.greedy_pairs(torch.tensor(scores, dtype=torch.float64))
+    taken = greedy_pairs(torch.tensor(scores, dtype=torch.float64))
     assert taken.nonzero().flatten().tolist() == base.greedy_pairs(scores, len(scores))
 
 
@@ -48,7 +49,7 @@ def test_greedy_pairs_equals_sorting_and_taking(scores: list[float]) -> None:
 @given(SCORES)
 def test_greedy_pairs_are_disjoint_and_maximal(scores: list[float]) -> None:
     """No slot twice; every allowed pair left out touches one that was taken."""
-    taken = primitives.greedy_pairs(torch.tensor(scores, dtype=torch.float64)).tolist()
+    taken = greedy_pairs(torch.tensor(scores, dtype=torch.float64)).tolist()
     for i, score in enumerate(scores):
         neighbours = taken[max(i - 1, 0) : i] + taken[i + 1 : i + 2]
         assert not (taken[i] and any(neighbours))

@@ -538,8 +538,8 @@ def decode(
         methods: methods or variants, run by :class:`kvrepro.decode.Decoder`.
         batch: rows decoded side by side, all from one prompt.
         compile: whether the model is compiled too.
-        steps: tokens of a block.
-        blocks: blocks that are timed, after the :data:`SKIPPED` ones.
+        steps: tokens of a block; a method that frees slots now and then is timed over whole cycles of that.
+        blocks: blocks that are timed, after the :data:`SKIPPED` steps (and two cycles).
         peers: measure transformers' ``generate`` over its full cache of as many tokens.
         generate: methods run by transformers' ``generate`` over the package's cache.
 
@@ -568,12 +568,14 @@ def _decode(
     Returns:
         The value is the median over blocks of the time a step took, milliseconds; a step gives one token a row.
         ``extra``: ``times`` [blocks], ms; ``first``, seconds before the timed steps (compiling, capturing);
-        ``graphed``, whether they were; ``peak``, bytes of the cache and of what the steps add to it at the most;
+        ``graphed``, whether they were; ``cycle``, steps from one compression to the next; ``peak``, bytes of the cache and of what the steps add to it at the most;
         ``cache``, bytes after the last step; ``floor``, in ms.
     """
     model, variant = setup.load(), Variant.parse(label)
     _free()
-    skipped = SKIPPED[model.device.type]
+    cycle = 1 if peer == TRANSFORMERS else _cycle(variant, slots)
+    steps = -(-steps // cycle) * cycle
+    skipped = SKIPPED[model.device.type] + (2 * cycle if cycle > 1 else 0)
     taken = skipped + steps * blocks
     ids = setup.tokens(slots if variant.method == "full" else slots + OVER)
 
@@ -585,9 +587,9 @@ def _decode(
 
     def write(cache: Any) -> tuple[Clock, float, bool]:
         if peer is None:
-            return _decoded(model, cache, rows, taken, compiled)
+            return _decoded(model, cache, rows, taken, compiled, skipped)
         with as_transformers(model) if peer == TRANSFORMERS else nullcontext():
-            return _generated(model, ids, cache, rows, taken)
+            return _generated(model, ids, cache, rows, taken, skipped)
 
     cache = read()
     before = _cache_bytes(cache)
@@ -598,8 +600,17 @@ def _decode(
     times = 1000 * clock.seconds()[skipped - 1 :][: steps * blocks].view(blocks, steps).mean(dim=1)
     held = _cache_bytes(cache)
     floor = Shape.of(model).step(rows, held).floor(setup)
-    extra = {"peak": before + peak, "cache": held, "first": first, "graphed": graphed}
+    extra = {"peak": before + peak, "cache": held, "first": first, "graphed": graphed, "cycle": cycle}
     return _median(times, {**extra, **floor, "floor": 1000 * floor["floor"]})
+
+
+def _cycle(variant: Variant, slots: int) -> int:
+    """Steps from one compression to the next, where a method frees several slots at a time."""
+    if variant.method == "full":
+        return 1
+    method = registry.create(variant.method, **variant.options).resolve(slots)
+    leaves = method.leaves(slots)
+    return 1 if leaves is None else slots + 1 - leaves
 
 
 def _repeated(cache: Any, rows: int) -> Any:
@@ -610,7 +621,7 @@ def _repeated(cache: Any, rows: int) -> Any:
 
 
 def _decoded(
-    model: PreTrainedModel, cache: CompressedCache, rows: int, steps: int, compiled: bool
+    model: PreTrainedModel, cache: CompressedCache, rows: int, steps: int, compiled: bool, skipped: int
 ) -> tuple[Clock, float, bool]:
     """Take ``steps`` greedy steps over a cache that has read its prompt: their ends, the start-up, whether captured."""
     clock, start = Clock(model.device), time.perf_counter()
@@ -621,7 +632,7 @@ def _decoded(
             token.copy_(decoder.logits(token).argmax(dim=-1))
 
         decoder.run(body, steps, progress=clock.mark)
-        return clock, _first(clock, start, SKIPPED[model.device.type]), decoder.graphed
+        return clock, _first(clock, start, skipped), decoder.graphed
 
 
 def _first(clock: Clock, start: float, skipped: int) -> float:
@@ -644,7 +655,9 @@ class _Marks(StoppingCriteria):
 
 
 @torch.no_grad()
-def _generated(model: PreTrainedModel, ids: Tensor, cache: Any, rows: int, steps: int) -> tuple[Clock, float, bool]:
+def _generated(
+    model: PreTrainedModel, ids: Tensor, cache: Any, rows: int, steps: int, skipped: int
+) -> tuple[Clock, float, bool]:
     """Let transformers write ``steps`` tokens after ``ids`` ``[1, L]``, all but the last of them being in the cache."""
     clock, start = Clock(model.device), time.perf_counter()
     model.generate(
@@ -655,7 +668,7 @@ def _generated(model: PreTrainedModel, ids: Tensor, cache: Any, rows: int, steps
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([_Marks(clock)]),
     )
-    return clock, _first(clock, start, SKIPPED[model.device.type]), False
+    return clock, _first(clock, start, skipped), False
 
 
 def throughput(
@@ -742,7 +755,7 @@ def _batch_step(model: PreTrainedModel, cache: Any, rows: int, steps: int, ids: 
     """Times ``[steps]`` of one step of ``rows`` rows in seconds, and the bytes of the cache."""
     skipped = SKIPPED[model.device.type]
     if isinstance(cache, CompressedCache):
-        clock, _, _ = _decoded(model, cache, rows, skipped + steps, False)
+        clock, _, _ = _decoded(model, cache, rows, skipped + steps, False, skipped)
     else:
         clock = _loop(model, cache, rows, skipped + steps, ids)
     return clock.seconds()[skipped - 1 :][:steps], _cache_bytes(cache)

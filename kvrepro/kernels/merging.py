@@ -4,7 +4,7 @@ What bounds each kernel at Llama-3.1-8B's shape (8 KV heads, d = 128, bfloat16),
 
 | kernel | reads and writes | flops | floor on an H100 (3.0 TB/s, 800 TFLOP/s) |
 |---|---|---|---|
-| `top`, `partition` | 1 MB of scores 18 times (from L2), by one program a head | | 0.03 ms, latency |
+| `top`, `partition` | 1 MB of scores, held by one program a head; marks 32 times (from L2) | | 0.02 ms, latency |
 | `neighbours`, `distance`, `project` | keys once, 67 MB | | 0.022 ms each |
 | `nearest` | keys twice, 118 MB; the kept ones again from L2, 3.2 GB by tiles of 128 | 4.1e11 | 0.52 ms |
 | `settle` | 12 bytes a slot, a head's similarities once a program from L2 | | 0.005 ms, latency |
@@ -26,7 +26,7 @@ from torch import Tensor
 CONFIG = {
     "queries": 128, "kept": 128, "nearest_warps": 8, "nearest_stages": 2,
     "nearest_registers": 0, "rows": 64, "row_warps": 4, "settle": 1024, "chunk": 32,
-    "exact_chunk": 16, "mix_warps": 8, "held": 32768, "scan": 4096, "scan_warps": 16,
+    "exact_chunk": 16, "mix_warps": 8, "held": 32768, "bits": 8, "tile": 1024, "scan": 4096, "scan_warps": 8,
 }  # fmt: skip
 #: Chunks' sums that `_bridge` reads at once.
 _SPAN = 32
@@ -45,31 +45,31 @@ def _sortable(score_ptr, candidate_ptr, index, inside):
 
 @triton.jit
 def _top(
-    score_ptr, candidate_ptr, count_ptr, out_ptr, size, BLOCK: tl.constexpr, HELD: tl.constexpr,
+    score_ptr, candidate_ptr, count_ptr, out_ptr, size, BLOCK: tl.constexpr, HELD: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H): the count-th highest score by two bits at a time, then the marks; of equal scores the later.
+    """Grid (B * H): the count-th highest score, some bits at a time, then the marks; of equal scores the later.
 
-    A row that fits one block is read once and held in registers.
+    Scores outside the range in question count as its ends, so that a histogram's sums from the right are how many
+    scores are at least so high. A row that fits one block is read once and held in registers.
     """
     first = tl.program_id(0).to(tl.int64) * size
     count = tl.load(count_ptr + tl.program_id(0)).to(tl.int32)
     lowest = tl.full([], -2147483648, tl.int32)
-    step = tl.full([], 1073741824, tl.int32)
-    slot = tl.arange(0, BLOCK)
+    slot, digit = tl.arange(0, BLOCK), tl.arange(0, 1 << BITS)
     if HELD:
         key, candidate = _sortable(score_ptr, candidate_ptr, first + slot, slot < size)
-    for _ in range(16):
-        counts = tl.zeros([], tl.int64)  # three of them, 21 bits each: one sum over the row, not three
+    for rest in tl.static_range(32 - BITS, -1, -BITS):  # bits that are left to find
+        counts = tl.zeros([1 << BITS], tl.int32)
         for start in range(0, size, BLOCK):
             if not HELD:
                 key, candidate = _sortable(score_ptr, candidate_ptr, first + start + slot, start + slot < size)
-            one = (key >= lowest + step).to(tl.int64)
-            two = (key >= lowest + step + step).to(tl.int64)
-            three = (key >= lowest + step + step + step).to(tl.int64)
-            counts += tl.sum(one + (two << 21) + (three << 42), 0)
-        above = ((counts & 2097151) >= count).to(tl.int32) + (((counts >> 21) & 2097151) >= count).to(tl.int32)
-        lowest += step * (above + ((counts >> 42) >= count).to(tl.int32))
-        step = step >> 2
+            if rest + BITS == 32:
+                place = (key >> rest) + (1 << (BITS - 1))
+            else:
+                place = (tl.minimum(tl.maximum(key, lowest), lowest + ((1 << (rest + BITS)) - 1)) - lowest) >> rest
+            counts += tl.histogram(place, 1 << BITS)
+        above = (tl.cumsum(counts, 0, reverse=True) >= count) & (digit > 0)
+        lowest += tl.sum(above.to(tl.int32), 0) << rest
     ties = -count
     for start in range(0, size, BLOCK):
         if not HELD:
@@ -95,13 +95,8 @@ def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
 
     Returns:
         `[B, H, S]` bool.
-
-    Raises:
-        ValueError: 2^21 slots or more.
     """
     b, h, size = score.shape
-    if size >= 1 << 21:
-        raise ValueError(f"{size:,} slots a head; the kernel counts up to {(1 << 21) - 1:,}")
     if not isinstance(count, Tensor):
         count = torch.full((b, h, 1), count, dtype=torch.int64, device=score.device)
     out = torch.empty((b, h, size), dtype=torch.uint8, device=score.device)
@@ -109,30 +104,31 @@ def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
     block = max(16, triton.next_power_of_2(size)) if held else CONFIG["scan"]
     _top[(b * h,)](
         score.contiguous(), candidates.contiguous().view(torch.uint8), count.expand(b, h, 1).contiguous(), out, size,
-        BLOCK=block, HELD=held, num_warps=min(32, max(4, block // 256)),
+        BLOCK=block, HELD=held, BITS=CONFIG["bits"], num_warps=min(32, max(4, block // 256)),
     )  # fmt: skip
     return out.view(torch.bool)
 
 
 @triton.jit
-def _partition(keep_ptr, order_ptr, place_ptr, size, BLOCK: tl.constexpr):
-    """Grid (B * H): where each slot goes, and what comes to each place."""
-    first = tl.program_id(0).to(tl.int64) * size
-    marks = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, size, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        marks += (tl.load(keep_ptr + first + slot, mask=slot < size, other=0) != 0).to(tl.int32)
-    dropped = size - tl.sum(marks, 0)
-    passed = tl.zeros([], tl.int32)
-    for start in range(0, size, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        inside = slot < size
-        mark = (tl.load(keep_ptr + first + slot, mask=inside, other=0) != 0).to(tl.int32)
-        before = passed + tl.cumsum(mark, 0) - mark
-        place = tl.where(mark > 0, dropped + before, slot - before)
-        tl.store(place_ptr + first + slot, place.to(tl.int64), mask=inside)
-        tl.store(order_ptr + first + place, slot.to(tl.int64), mask=inside)
-        passed += tl.sum(mark, 0)
+def _partition(keep_ptr, order_ptr, place_ptr, size, BLOCK: tl.constexpr, SCAN: tl.constexpr):
+    """Grid (tiles, B * H): where each slot goes, and what comes to each place.
+
+    Each program counts its row's marks for itself: they are read from L2 and that takes less than another launch.
+    """
+    first = tl.program_id(1).to(tl.int64) * size
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    marks, earlier = tl.zeros([SCAN], tl.int32), tl.zeros([SCAN], tl.int32)
+    for start in range(0, size, SCAN):
+        other = start + tl.arange(0, SCAN)
+        mark = (tl.load(keep_ptr + first + other, mask=other < size, other=0) != 0).to(tl.int32)
+        marks += mark
+        earlier += tl.where(other < tl.program_id(0) * BLOCK, mark, 0)
+    inside = slot < size
+    mark = (tl.load(keep_ptr + first + slot, mask=inside, other=0) != 0).to(tl.int32)
+    before = tl.sum(earlier, 0) + tl.cumsum(mark, 0) - mark
+    place = tl.where(mark > 0, size - tl.sum(marks, 0) + before, slot - before)
+    tl.store(place_ptr + first + slot, place.to(tl.int64), mask=inside)
+    tl.store(order_ptr + first + place, slot.to(tl.int64), mask=inside)
 
 
 def partition(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,10 +142,10 @@ def partition(keep: Tensor) -> tuple[Tensor, Tensor]:
     """
     order, place = torch.empty(2, *keep.shape, dtype=torch.int64, device=keep.device)
     b, h, size = keep.shape
-    _partition[(b * h,)](
-        keep.contiguous().view(torch.uint8), order, place, size,
-        BLOCK=min(CONFIG["scan"], max(16, triton.next_power_of_2(size))), num_warps=CONFIG["scan_warps"],
-    )  # fmt: skip
+    tile, scan = (min(CONFIG[name], max(16, triton.next_power_of_2(size))) for name in ("tile", "scan"))
+    _partition[(triton.cdiv(size, tile), b * h)](
+        keep.contiguous().view(torch.uint8), order, place, size, BLOCK=tile, SCAN=scan, num_warps=CONFIG["scan_warps"]
+    )
     return order, place
 
 

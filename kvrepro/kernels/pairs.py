@@ -1,7 +1,7 @@
 """Pairs of neighbouring slots: what merging each costs, which are taken, the closed form of a key's share, the merge.
 
 All heads of a layer merge the same pairs, so that choices are made once a row. Empty slots stand in front of a row. The
-twins are `slots.greedy_pairs`, `methods.pairs` and `methods.kvslimmer`.
+twins are in `methods.pairs` and `methods.kvslimmer`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ if TYPE_CHECKING:
     from kvrepro.attention import View
     from kvrepro.methods.pairs import Choice
 
-#: Pairs that `_greedy` looks at at a time.
-GREEDY_TILE = 8192
+#: By (kernel, head size is above 128): tiles of `_shares` as in `prefill`; kept slots of a tile of `_merge`, warps.
+CONFIG = {
+    ("shares", False): (64, 64, 4, 2),
+    ("shares", True): (32, 32, 4, 2),
+    ("merge", False): (32, 4),
+    ("merge", True): (16, 4),
+}
+#: Pairs of a tile of `_greedy`.
+GREEDY_TILE = 1024
 _UNCAPPED = torch.iinfo(torch.int32).max
 
 
@@ -63,34 +70,46 @@ def _smaller(a, b):
 
 
 @triton.jit
+def _begins(score_ptr, index, pairs):
+    """Each pair's own index where a falling run begins, else -1; and the scores."""
+    score = tl.load(score_ptr + index, mask=index < pairs, other=float("inf"))
+    before = tl.load(score_ptr + index - 1, mask=(index < pairs) & (index > 0), other=float("inf"))
+    return tl.where((index > 0) & (before <= score), -1, index), score
+
+
+@triton.jit
+def _ends(score_ptr, index, pairs):
+    """Each pair's own index where a rising run ends, else `pairs`."""
+    score = tl.load(score_ptr + index, mask=index < pairs, other=float("inf"))
+    after = tl.load(score_ptr + index + 1, mask=index + 1 < pairs, other=float("inf"))
+    return tl.where((index >= pairs) | ((index + 1 < pairs) & (after < score)), pairs, index)
+
+
+@triton.jit
 def _greedy(score_ptr, taken_ptr, pairs, BLOCK: tl.constexpr):
-    """Grid (rows): see `slots.greedy_pairs`; once from the left for where falling runs start, once from the right."""
-    row = tl.program_id(0).to(tl.int64) * pairs
-    begun = -1
-    for first in range(0, pairs, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        inside = index < pairs
-        score = tl.load(score_ptr + row + index, mask=inside, other=float("inf"))
-        before = tl.load(score_ptr + row + index - 1, mask=inside & (index > 0), other=float("inf"))
-        falls = (index > 0) & (before <= score)
-        start = tl.maximum(tl.associative_scan(tl.where(falls, -1, index), 0, _larger), begun)
-        tl.store(taken_ptr + row + index, (index - start) % 2 == 0, mask=inside)
-        begun = tl.max(start, 0)
-    tl.debug_barrier()
-    ended = pairs
-    for back in range(0, pairs, BLOCK):
-        place = (tl.cdiv(pairs, BLOCK) - 1) * BLOCK - back + tl.arange(0, BLOCK)
-        there = place < pairs
-        own = tl.load(score_ptr + row + place, mask=there, other=float("inf"))
-        after = tl.load(score_ptr + row + place + 1, mask=place + 1 < pairs, other=float("inf"))
-        rises = (place + 1 < pairs) & (after < own)
-        end = tl.minimum(
-            tl.associative_scan(tl.where(rises | (place >= pairs), pairs, place), 0, _smaller, reverse=True), ended
-        )
-        even = tl.load(taken_ptr + row + place, mask=there, other=0) != 0
-        taken = even & ((end - place) % 2 == 0) & (own < float("inf"))
-        tl.store(taken_ptr + row + place, taken, mask=there)
-        ended = tl.min(end, 0)
+    """Grid (tiles, rows): see `methods.pairs.greedy_pairs`.
+
+    A program follows the runs that reach into its tile from other tiles to where they begin and end.
+    """
+    score_ptr += tl.program_id(1).to(tl.int64) * pairs
+    first = tl.program_id(0) * BLOCK
+    index = first + tl.arange(0, BLOCK)
+    begins, score = _begins(score_ptr, index, pairs)
+    begun = tl.full([], -1, tl.int32)
+    back = first
+    while (begun < 0) & (back > 0):
+        back -= BLOCK
+        earlier, _ = _begins(score_ptr, back + tl.arange(0, BLOCK), pairs)
+        begun = tl.max(earlier, 0)
+    ended = pairs + tl.zeros([], tl.int32)
+    ahead = first + BLOCK
+    while (ended == pairs) & (ahead < pairs):
+        ended = tl.min(_ends(score_ptr, ahead + tl.arange(0, BLOCK), pairs), 0)
+        ahead += BLOCK
+    start = tl.maximum(tl.associative_scan(begins, 0, _larger), begun)
+    end = tl.minimum(tl.associative_scan(_ends(score_ptr, index, pairs), 0, _smaller, reverse=True), ended)
+    taken = ((index - start) % 2 == 0) & ((end - index) % 2 == 0) & (score < float("inf"))
+    tl.store(taken_ptr + tl.program_id(1).to(tl.int64) * pairs + index, taken, mask=index < pairs)
 
 
 @triton.jit
@@ -257,7 +276,7 @@ def shares(view: View, positions: Tensor, asks: Tensor, mass: Tensor, choice: Ch
     queries, keys, values, output = (in_rows(x) for x in (view.queries, view.keys, view.values, view.output))
     (b, hq, n, _), (h, size) = queries.shape, keys.shape[1:3]
     out = mass.new_empty(b, h, size - 1, dtype=torch.float32)
-    tiles = tiles_for("shares", queries, hq // h * n)
+    tiles = tiles_for("shares", queries, hq // h * n, CONFIG)
     ragged = not isinstance(choice.count, int)
     _shares[(triton.cdiv(choice.most, tiles["BN"]), b * h)](
         queries, keys, values, output, as_bias(view.bias, queries), view.lse.contiguous(),
@@ -271,12 +290,12 @@ def shares(view: View, positions: Tensor, asks: Tensor, mass: Tensor, choice: Ch
 
 
 def greedy(score: Tensor) -> Tensor:
-    """`slots.greedy_pairs` for scores `[..., P]` float32: the pairs a greedy matching takes, bool."""
+    """`methods.pairs.greedy_pairs` for scores `[..., P]` float32: the pairs a greedy matching takes, bool."""
     score = score.contiguous()
     taken = torch.empty(score.shape, dtype=torch.int8, device=score.device)
     pairs = score.shape[-1]
     block = min(GREEDY_TILE, max(16, triton.next_power_of_2(pairs)))
-    _greedy[(score.numel() // pairs,)](score, taken, pairs, BLOCK=block, num_warps=min(16, max(4, block // 256)))
+    _greedy[(triton.cdiv(pairs, block), score.numel() // pairs)](score, taken, pairs, BLOCK=block, num_warps=4)
     return taken.view(torch.bool)
 
 
@@ -303,13 +322,13 @@ def merge(
     out |= {name: getattr(slots, name).new_empty(b, h, kept) for name in ("positions", "cardinality")}
     out_mass = mass.new_empty(b, h, kept)
     ragged = not isinstance(choice.count, int)
-    block = 16 if d > 128 else 32
+    block, warps = CONFIG["merge", d > 128]
     _merge[(triton.cdiv(kept, block), b * h)](
         keys, values, slots.positions.contiguous(), slots.cardinality.contiguous(), mass.contiguous(),
         choice.chosen.contiguous().view(torch.uint8), share.float().contiguous(), choice.order.contiguous(),
         choice.count if ragged else out_mass, frequencies.to(keys.device, torch.float32),
         *out.values(), out_mass,
         *keys.stride()[:3], *values.stride()[:3], h, size, choice.most, _UNCAPPED if cap is None else cap,
-        D=d, BLOCK=block, PER_DIM=share.shape[-1] > 1, RAGGED=ragged, num_warps=4,
+        D=d, BLOCK=block, PER_DIM=share.shape[-1] > 1, RAGGED=ragged, num_warps=warps,
     )  # fmt: skip
     return out, out_mass

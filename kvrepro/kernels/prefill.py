@@ -9,6 +9,8 @@ up to S - n + i; what is empty has a bias of -inf.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -167,16 +169,14 @@ CONFIG = {
     ("attend", True): (64, 32, 4, 2),
     ("column_sums", False): (64, 128, 4, 3),
     ("column_sums", True): (32, 64, 4, 3),
-    ("shares", False): (64, 64, 4, 2),
-    ("shares", True): (32, 32, 4, 2),
 }
 
 
-def tiles_for(kernel: str, queries: Tensor, rows: int) -> dict[str, int | str]:
+def tiles_for(kernel: str, queries: Tensor, rows: int, config: Mapping = CONFIG) -> dict[str, int | str]:
     """Tile sizes and launch settings for `rows` queries."""
     d = queries.shape[-1]
     exact = queries.dtype == torch.float32
-    m, n, warps, stages = CONFIG[kernel, d > 128]
+    m, n, warps, stages = config[kernel, d > 128]
     if exact:  # twice the bytes in shared memory
         m, n, warps, stages = min(m, 32), min(n, 32), 4, 2
     m = max(16, min(m, triton.next_power_of_2(rows)))

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Slots that `_shift` looks at at a time.
-SCAN = 4096
+#: Slots whose shift a program of `_shift` finds, and slots that it looks at at a time.
+TILE, SCAN = 2048, 4096
 
 
 @triton.jit
@@ -57,27 +57,26 @@ def _rotate(
 
 
 @triton.jit
-def _shift(place_ptr, card_ptr, out_ptr, size, BY_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (B * H): once over the row for the newest position and the whole, once more for the running sum."""
-    row = tl.program_id(0).to(tl.int64) * size
-    newest = tl.full([], -2147483648, tl.int32)
-    whole = tl.zeros([], tl.int32)
-    for start in range(0, size, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        inside = slot < size
-        newest = tl.maximum(newest, tl.max(tl.load(place_ptr + row + slot, mask=inside, other=-2147483648), 0))
-        weight = tl.load(card_ptr + row + slot, mask=inside, other=0)
-        whole += tl.sum(weight if BY_TOKENS else (weight > 0).to(tl.int32), 0)
-    before = tl.zeros([], tl.int32)
-    for start in range(0, size, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        inside = slot < size
-        tokens = tl.load(card_ptr + row + slot, mask=inside, other=0)
+def _shift(place_ptr, card_ptr, out_ptr, size, BY_TOKENS: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr):
+    """Grid (tiles, B * H): each program finds its row's newest position and sums for itself, from L2."""
+    row = tl.program_id(1).to(tl.int64) * size
+    newest = tl.full([SCAN], -2147483648, tl.int32)
+    whole, earlier = tl.zeros([SCAN], tl.int32), tl.zeros([SCAN], tl.int32)
+    for start in range(0, size, SCAN):
+        other = start + tl.arange(0, SCAN)
+        inside = other < size
+        newest = tl.maximum(newest, tl.load(place_ptr + row + other, mask=inside, other=-2147483648))
+        tokens = tl.load(card_ptr + row + other, mask=inside, other=0)
         weight = tokens if BY_TOKENS else (tokens > 0).to(tl.int32)
-        there = newest - whole + before + tl.cumsum(weight, 0)
-        moved = there - tl.load(place_ptr + row + slot, mask=inside, other=0)
-        tl.store(out_ptr + row + slot, tl.where(tokens > 0, moved, 0), mask=inside)
-        before += tl.sum(weight, 0)
+        whole += weight
+        earlier += tl.where(other < tl.program_id(0) * BLOCK, weight, 0)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < size
+    tokens = tl.load(card_ptr + row + slot, mask=inside, other=0)
+    weight = tokens if BY_TOKENS else (tokens > 0).to(tl.int32)
+    there = tl.max(newest, 0) - tl.sum(whole, 0) + tl.sum(earlier, 0) + tl.cumsum(weight, 0)
+    moved = there - tl.load(place_ptr + row + slot, mask=inside, other=0)
+    tl.store(out_ptr + row + slot, tl.where(tokens > 0, moved, 0), mask=inside)
 
 
 def shift(positions: Tensor, cardinality: Tensor, by_tokens: bool) -> Tensor:
@@ -89,10 +88,11 @@ def shift(positions: Tensor, cardinality: Tensor, by_tokens: bool) -> Tensor:
         by_tokens: a slot stands at the running sum of cardinalities, else at that of slots.
     """
     out = torch.empty_like(positions, memory_format=torch.contiguous_format)
-    block = min(SCAN, max(16, triton.next_power_of_2(positions.shape[2])))
-    _shift[(positions.shape[0] * positions.shape[1],)](
-        positions.contiguous(), cardinality.contiguous(), out, positions.shape[2],
-        BY_TOKENS=by_tokens, BLOCK=block, num_warps=8,
+    b, h, size = positions.shape
+    block, scan = (min(most, max(16, triton.next_power_of_2(size))) for most in (TILE, SCAN))
+    _shift[(triton.cdiv(size, block), b * h)](
+        positions.contiguous(), cardinality.contiguous(), out, size,
+        BY_TOKENS=by_tokens, BLOCK=block, SCAN=scan, num_warps=8,
     )  # fmt: skip
     return out
 

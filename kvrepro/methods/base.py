@@ -93,6 +93,7 @@ class Method:
         cardinality_bias: attention adds log(cardinality) to a slot's logit.
         unlimited: never compresses.
         counts_passes: what it keeps depends on how many passes read the tokens, not only on the tokens.
+        observes: `compress` lets queries look at the slots once more (`attention.observe`).
         needs_rotation: works on keys before rotary embedding, so it needs the model's rotation in any case.
         whole_numbers: options that count slots and must be whole numbers (or None).
     """
@@ -107,6 +108,7 @@ class Method:
     cardinality_bias: ClassVar[bool] = False
     unlimited: ClassVar[bool] = False
     counts_passes: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
     needs_rotation: ClassVar[bool] = False
     whole_numbers: ClassVar[tuple[str, ...]] = ("sinks", "recent")
 

@@ -32,14 +32,8 @@ class KVSlimmer(PairMerging):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """The released code keeps its running mean at every pass, so it needs the attention mass of each.
-
-        The paper's needs no statistic. On a GPU, asking for one makes a pass keep its log-sum-exp, so that the judges'
-        attention to a long prompt is not computed again; without a GPU it would only cost time.
-        """
-        if self.variant == "released":
-            return ("mass",)
-        return ("last",) if torch.cuda.is_available() else ()
+        """The released code keeps its running mean at every pass, so it needs the attention mass of each."""
+        return ("mass",) if self.variant == "released" else ()
 
     @property
     def accumulates(self) -> tuple[str, ...]:
@@ -61,6 +55,10 @@ class KVSlimmer(PairMerging):
     def by_cardinality(self) -> bool:
         """The released code collapses the pair's cardinality to one number, which changes no order."""
         return self.variant == "paper"
+
+    def block_of(self, budget: int) -> int:
+        """The released code's running mean changes at every pass: one slot at a time unless set."""
+        return 1 if self.variant == "released" and self.block is None else super().block_of(budget)
 
     def steady(self, budget: int, arrived: int = 1) -> bool:
         """The running mean of the released code is kept on the device."""

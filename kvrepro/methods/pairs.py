@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from kvrepro import kernels
 from kvrepro.attention import Observation, Step, observe
 from kvrepro.methods.base import POSITIONS, Method, option
-from kvrepro.slots import Slots, greedy_pairs, partition, rank, take, top
+from kvrepro.slots import Slots, has_kernel, partition, rank, take, top
 
 #: Discount of a pair's score by its place in the cache, e^(-place / GAMMA) (AsymKV's code).
 GAMMA = 4096 / math.log(512)
@@ -62,6 +62,7 @@ class PairMerging(Method):
     kind: ClassVar[str] = "merging"
     cardinality_bias: ClassVar[bool] = True
     needs_rotation: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
 
     sinks: int | None = option(None, "code: 32 sinks; at most an eighth of the budget (ours)")
     recent: int | None = option(
@@ -77,11 +78,15 @@ class PairMerging(Method):
     queries: int | None = option(
         None, "code: all queries of a chunk of up to 512 judge; of a longer pass the last 64 (ours, for speed)"
     )
+    block: int | None = option(
+        None, "ours: while decoding (where the codes append without end) free a sixteenth of the budget at a time"
+    )
 
     def __post_init__(self) -> None:
         """Check the options' values."""
         super().__post_init__()
         self.require_whole("queries", 1)
+        self.require_whole("block", 1)
 
     def judges(self, step: Step) -> Step:
         """The pass as the queries see it that judge the pairs."""
@@ -95,6 +100,26 @@ class PairMerging(Method):
     def recent_of(self, budget: int) -> int:
         """A quarter of the budget unless set; at least the newest token."""
         return max(1, budget // 4 if self.recent is None else self.recent)
+
+    def block_of(self, budget: int) -> int:
+        """Slots freed at a time while decoding, by default no more than one round merges."""
+        if self.block is not None:
+            return self.block
+        return max(1, min(budget // 16, (budget - self.sinks_of(budget) - self.recent_of(budget)) // 3))
+
+    def check(self, budget: int) -> None:
+        """Check that a block can be freed in one round.
+
+        Raises:
+            ValueError: too few slots, or too large a block.
+        """
+        super().check(budget)
+        most = self._sure(budget + 1, budget)
+        if self.block_of(budget) > most:
+            raise ValueError(
+                f"{self.name}: block={self.block} is not valid with a budget of {budget} slots, where one round merges "
+                f"{most} pairs; lower block, sinks or recent, or raise the budget"
+            )
 
     def weigh(self, slots: Slots, step: Step, seen: Observation, choice: Choice) -> Tensor:
         """The share of the left key in each merged pair.
@@ -120,27 +145,43 @@ class PairMerging(Method):
         return {name: x[:, :, :-1] + x[:, :, 1:] for name, x in slots.stats.items()}
 
     def steady(self, budget: int, arrived: int = 1) -> bool:
-        """The rounds and their sizes follow from the numbers of slots."""
-        return True
+        """The rounds and their sizes follow from the numbers of slots; while decoding, if one slot goes at a time."""
+        return arrived > 1 or self.block_of(budget) == 1
+
+    def leaves(self, budget: int) -> int | None:
+        """A block less than the slots that are one too many."""
+        return budget + 1 - self.block_of(budget)
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
-        """Merge pairs in rounds until the cache fits.
+        """Merge pairs in rounds until the cache fits; while decoding, until a block of slots is free.
 
         The queries look once (ours; the codes pick all pairs at once). In later rounds a merged slot has received what
         its parts received, and output and log-sum-exp are still those of that look.
         """
+        goal = self.leaves(budget) if step.queries.shape[3] == 1 else budget
         step = self.judges(step)
+        if slots.ragged and goal < budget:
+            return self._free_in_full_rows(slots, budget, goal, step)
         ragged = slots.ragged
         seen = observe(step, slots)
-        while slots.size > budget:
-            size = slots.size - self._merges(slots.size, budget)
-            if size == slots.size:
-                raise ValueError(
-                    f"{self.name}: no pair is left to merge with a budget of {budget}, sinks={self.sinks_of(budget)} "
-                    f"and recent={self.recent_of(budget)}; raise the budget or protect less"
-                )
-            slots, seen = self._round(slots, budget, size, step, seen)
+        while slots.size > goal:
+            most = min(self._sure(slots.size, budget), slots.size - goal)
+            count = most
+            if ragged:
+                filled = _filled(slots)
+                count = torch.minimum(self._sure_of(filled, budget), filled - goal).clamp_min(0)
+            slots, seen = self._round(slots, budget, count, most, step, seen)
         return dataclasses.replace(slots, ragged=ragged)  # rows that were full are full again
+
+    def _free_in_full_rows(self, slots: Slots, budget: int, goal: int, step: Step) -> Slots:
+        """While decoding, bring the rows of a batch that exceed the budget to `goal` slots; the others wait."""
+        while slots.size > budget:
+            slots = slots.pad(slots.size + slots.size - goal)  # a row that loses more than others is filled up
+            filled = _filled(slots)
+            count = torch.minimum(self._sure_of(filled, budget), filled - goal).masked_fill(filled <= budget, 0)
+            size = int((filled - count).max())
+            slots, _ = self._round(slots, budget, count, slots.size - size, step, observe(step, slots))
+        return dataclasses.replace(slots, ragged=True)
 
     def scores(self, slots: Slots, budget: int, mass: Tensor) -> Tensor:
         """`[B, 1, S - 1]`: what merging each pair would cost, +inf where it must not be merged (code).
@@ -163,29 +204,35 @@ class PairMerging(Method):
         free = slots.valid[:, :1] & (place >= self.sinks_of(budget)) & (place < count - self.recent_of(budget))
         return score.masked_fill(~(free[..., :-1] & free[..., 1:]), torch.inf)
 
-    def _merges(self, size: int, budget: int) -> int:
-        """Pairs that a round merges in a row of `size` filled slots: as many as any choice is sure to find.
+    def _sure(self, size: int, budget: int) -> int:
+        """Pairs that any choice is sure to find in a row of `size` filled slots.
 
         A greedy matching takes at least a third of a path's pairs, since each one it takes rules out two at most.
+
+        Raises:
+            ValueError: there are none.
         """
-        pairs = max(0, size - self.sinks_of(budget) - self.recent_of(budget) - 1)
-        sure = -(-pairs // 3) if self.overlap == "disjoint" else pairs
-        return max(0, min(sure, size - budget))
+        pairs = size - self.sinks_of(budget) - self.recent_of(budget) - 1
+        if pairs < 1:
+            raise ValueError(
+                f"{self.name}: no pair is left to merge with a budget of {budget}, sinks={self.sinks_of(budget)} "
+                f"and recent={self.recent_of(budget)}; raise the budget or protect less"
+            )
+        return -(-pairs // 3) if self.overlap == "disjoint" else pairs
 
-    def _merges_of_rows(self, slots: Slots, budget: int) -> Tensor:
-        """`[B, 1, 1]` int64: `_merges` of each row."""
-        filled = slots.valid[:, :1].sum(dim=2, keepdim=True)
+    def _sure_of(self, filled: Tensor, budget: int) -> Tensor:
+        """`[B, 1, 1]` int64: `_sure` of each row; 0 where there is no pair."""
         pairs = (filled - (self.sinks_of(budget) + self.recent_of(budget) + 1)).clamp_min(0)
-        sure = (pairs + 2) // 3 if self.overlap == "disjoint" else pairs
-        return torch.minimum(sure, filled - budget).clamp_min(0)
+        return (pairs + 2) // 3 if self.overlap == "disjoint" else pairs
 
-    def _round(self, slots: Slots, budget: int, size: int, step: Step, seen: Observation) -> tuple[Slots, Observation]:
-        """One round, which leaves `size` slots a head, and what the queries saw of them."""
+    def _round(
+        self, slots: Slots, budget: int, count: Tensor | int, most: int, step: Step, seen: Observation
+    ) -> tuple[Slots, Observation]:
+        """One round, which leaves `most` slots a head less, and what the queries saw of them; `count` as in `Choice`."""
         score = self.scores(slots, budget, seen.mass)
         allowed = greedy_pairs(score) if self.overlap == "disjoint" else torch.isfinite(score)
-        count = self._merges_of_rows(slots, budget) if slots.ragged else slots.size - size
         chosen = top(-score, allowed, count)
-        choice = Choice(chosen, partition(pad(chosen, (0, 1)))[0], count, slots.size - size)
+        choice = Choice(chosen, partition(pad(chosen, (0, 1)))[0], count, most)
         share = self.weigh(slots, step, seen, choice)
         return self._merge(slots, step, seen, choice, share)
 
@@ -234,3 +281,36 @@ class PairMerging(Method):
         sums = slots.values[:, :, :-1].to(wide) * left + slots.values[:, :, 1:].to(wide) * right
         values = (sums / tokens.clamp_min(1).unsqueeze(-1)).to(slots.values.dtype)
         return keys, values, tokens
+
+
+def _filled(slots: Slots) -> Tensor:
+    """`[B, 1, 1]` int64: filled slots of each row."""
+    return slots.valid[:, :1].sum(dim=2, keepdim=True)
+
+
+def greedy_pairs(score: Tensor) -> Tensor:
+    """The pairs of neighbours a greedy matching takes: lowest score first, no slot twice.
+
+    On a path the greedy choice has a closed form. Walk from a pair down the falling scores to its local minimum: the
+    minimum is taken, its neighbour is not, the next is, and so on. A pair is taken when its distance to the minimum
+    it falls to is even on each side. (Of equal scores the left pair goes first.)
+
+    Args:
+        score: `[..., P]`, the score of pair (i, i+1); +inf forbids it.
+
+    Returns:
+        `[..., P]` bool.
+    """
+    size = score.shape[-1]
+    if size and score.dtype == torch.float32 and has_kernel(score):
+        from kvrepro.kernels import pairs
+
+        return pairs.greedy(score)
+    index = torch.arange(size, device=score.device)
+    left_first = torch.zeros_like(score, dtype=torch.bool)
+    left_first[..., 1:] = score[..., :-1] <= score[..., 1:]
+    right_first = torch.zeros_like(score, dtype=torch.bool)
+    right_first[..., :-1] = score[..., 1:] < score[..., :-1]
+    start = torch.where(left_first, 0, index).cummax(dim=-1).values
+    end = torch.where(right_first, size, index).flip(-1).cummin(dim=-1).values.flip(-1)
+    return ((index - start) % 2 == 0) & ((end - index) % 2 == 0) & torch.isfinite(score)

@@ -41,13 +41,21 @@ class PairMerging(Oracle):
 
     log_cardinality = True
 
-    def __init__(self, *, variant: str = "paper", overlap: str = "disjoint", **common: object) -> None:
+    def __init__(
+        self, *, variant: str = "paper", overlap: str = "disjoint", block: int = 1, **common: object
+    ) -> None:
         super().__init__(**common)
+        self.block, self.goal = block, 0
         self.variant, self.overlap = variant, overlap
 
     def read_value(self, slot: Slot) -> Array:
         """A slot's probability is c e^s / Σ c e^s; times sum / c it gives e^s sum / Σ c e^s."""
         return slot.value / slot.cardinality
+
+    def due(self, arrived: int) -> bool:
+        """On overflow; while decoding a block of slots is freed at a time."""
+        self.goal = self.budget - self.block + 1 if arrived == 1 else self.budget
+        return super().due(arrived)
 
     def compress(self, chunk: Chunk) -> None:
         """Rounds of merging, each as large as is sure to be possible; selection is shared by the layer.
@@ -61,7 +69,7 @@ class PairMerging(Oracle):
             for row in self.group_rows(head, now):
                 for j, probability in enumerate(row):
                     received[j] += probability
-        while len(self.heads[0]) > self.budget:
+        while len(self.heads[0]) > self.goal:
             self.merge(self.choose(), now)
             now = self.weighed_again(now)
 
@@ -88,8 +96,8 @@ class PairMerging(Oracle):
             protected = i < self.sinks or i + 1 >= total - max(self.recent, 1)
             scores.append(math.inf if protected else score * self.cardinality_factor(i))
         if self.overlap == "disjoint":
-            return greedy_pairs(scores, min(total - self.budget, math.ceil(pairs / 3)))
-        lowest = sorted(range(total - 1), key=lambda i: scores[i])[: total - self.budget]
+            return greedy_pairs(scores, min(total - self.goal, math.ceil(pairs / 3)))
+        lowest = sorted(range(total - 1), key=lambda i: scores[i])[: total - self.goal]
         return sorted(i for i in lowest if math.isfinite(scores[i]))
 
     def cardinality_factor(self, i: int) -> float:
