@@ -14,9 +14,8 @@ from torch import Tensor
 
 from kvrepro import attention, kernels, methods
 from kvrepro.attention import Step
-from kvrepro.methods.pairs import Choice
+from kvrepro.methods.pairs import Choice, greedy_pairs
 from kvrepro.rope import Rotation
-from kvrepro.methods.pairs import greedy_pairs
 from kvrepro.slots import Slots, partition
 
 prefill = pytest.importorskip("kvrepro.kernels.prefill")

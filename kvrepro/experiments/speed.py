@@ -568,8 +568,8 @@ def _decode(
     Returns:
         The value is the median over blocks of the time a step took, milliseconds; a step gives one token a row.
         ``extra``: ``times`` [blocks], ms; ``first``, seconds before the timed steps (compiling, capturing);
-        ``graphed``, whether they were; ``cycle``, steps from one compression to the next; ``peak``, bytes of the cache and of what the steps add to it at the most;
-        ``cache``, bytes after the last step; ``floor``, in ms.
+        ``graphed``, whether they were; ``cycle``, steps from one compression to the next; ``peak``, bytes of the cache
+        and of what the steps add to it at the most; ``cache``, bytes after the last step; ``floor``, in ms.
     """
     model, variant = setup.load(), Variant.parse(label)
     _free()

@@ -4,15 +4,15 @@ What bounds each kernel at Llama-3.1-8B's shape (8 KV heads, d = 128, bfloat16),
 
 | kernel | reads and writes | flops | floor on an H100 (3.0 TB/s, 800 TFLOP/s) |
 |---|---|---|---|
-| `top`, `partition` | 1 MB of scores, held by one program a head; marks 32 times (from L2) | | 0.02 ms, latency |
+| `top`, `partition` | scores, 1 MB, 5 times and by each tile; marks by each tile (from L2) | | 0.03 ms, latency |
 | `neighbours`, `distance`, `project` | keys once, 67 MB | | 0.022 ms each |
 | `nearest` | keys twice, 118 MB; the kept ones again from L2, 3.2 GB by tiles of 128 | 4.1e11 | 0.52 ms |
 | `settle` | 12 bytes a slot, a head's similarities once a program from L2 | | 0.005 ms, latency |
 | `mix`, `merge` | keys and values once, 134 MB; what is kept, 34 MB | | 0.056 ms |
 
 No program's work grows with the length of a merge: `mix` cuts the list of members in chunks of equal size, and the sums
-of a merge that crosses chunks are put together afterwards. Nothing is added atomically here, so that the same input
-gives the same bits. The twins are in the code that calls them: `slots`, `methods.d2o`, `keepkv` and `kvmerger`.
+of a merge that crosses chunks are put together afterwards. Only whole numbers are added atomically, so that the same
+input gives the same bits. The twins are in the code that calls them: `slots`, `methods.d2o`, `keepkv` and `kvmerger`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor
 CONFIG = {
     "queries": 128, "kept": 128, "nearest_warps": 8, "nearest_stages": 2,
     "nearest_registers": 0, "rows": 64, "row_warps": 4, "settle": 1024, "chunk": 32,
-    "exact_chunk": 16, "mix_warps": 8, "held": 32768, "bits": 8, "tile": 1024, "scan": 4096, "scan_warps": 8,
+    "exact_chunk": 16, "mix_warps": 8, "held": 4096, "bits": 8,
+    "tile": 1024, "part": 512, "scan": 4096, "scan_warps": 4,
 }  # fmt: skip
 #: Chunks' sums that `_bridge` reads at once.
 _SPAN = 32
@@ -44,45 +45,92 @@ def _sortable(score_ptr, candidate_ptr, index, inside):
 
 
 @triton.jit
-def _top(
-    score_ptr, candidate_ptr, count_ptr, out_ptr, size, BLOCK: tl.constexpr, HELD: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """Grid (B * H): the count-th highest score, some bits at a time, then the marks; of equal scores the later.
+def _histogram(key, lowest, LEFT: tl.constexpr, BITS: tl.constexpr):
+    """How many keys have each value of the BITS bits before the LEFT last ones, above `lowest`.
 
-    Scores outside the range in question count as its ends, so that a histogram's sums from the right are how many
-    scores are at least so high. A row that fits one block is read once and held in registers.
+    Keys outside the range in question count as its ends, so that sums from the right are how many keys are so high.
     """
+    if LEFT + BITS == 32:
+        place = (key >> LEFT) + (1 << (BITS - 1))
+    else:
+        place = (tl.minimum(tl.maximum(key, lowest), lowest + ((1 << (LEFT + BITS)) - 1)) - lowest) >> LEFT
+    return tl.histogram(place, 1 << BITS)
+
+
+@triton.jit
+def _raised(lowest, counts, count, LEFT: tl.constexpr, BITS: tl.constexpr):
+    """`lowest` with the highest value of these bits that `count` keys reach."""
+    reached = (tl.cumsum(counts, 0, reverse=True) >= count) & (tl.arange(0, 1 << BITS) > 0)
+    return lowest + (tl.sum(reached.to(tl.int32), 0) << LEFT)
+
+
+@triton.jit
+def _top(
+    score_ptr, candidate_ptr, count_ptr, out_ptr, size, BLOCK: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * H), for rows that fit one block: the count-th highest score, some bits at a time, then the marks."""
     first = tl.program_id(0).to(tl.int64) * size
     count = tl.load(count_ptr + tl.program_id(0)).to(tl.int32)
+    slot = tl.arange(0, BLOCK)
+    key, candidate = _sortable(score_ptr, candidate_ptr, first + slot, slot < size)
     lowest = tl.full([], -2147483648, tl.int32)
-    slot, digit = tl.arange(0, BLOCK), tl.arange(0, 1 << BITS)
-    if HELD:
-        key, candidate = _sortable(score_ptr, candidate_ptr, first + slot, slot < size)
-    for rest in tl.static_range(32 - BITS, -1, -BITS):  # bits that are left to find
-        counts = tl.zeros([1 << BITS], tl.int32)
-        for start in range(0, size, BLOCK):
-            if not HELD:
-                key, candidate = _sortable(score_ptr, candidate_ptr, first + start + slot, start + slot < size)
-            if rest + BITS == 32:
-                place = (key >> rest) + (1 << (BITS - 1))
-            else:
-                place = (tl.minimum(tl.maximum(key, lowest), lowest + ((1 << (rest + BITS)) - 1)) - lowest) >> rest
-            counts += tl.histogram(place, 1 << BITS)
-        above = (tl.cumsum(counts, 0, reverse=True) >= count) & (digit > 0)
-        lowest += tl.sum(above.to(tl.int32), 0) << rest
-    ties = -count
-    for start in range(0, size, BLOCK):
-        if not HELD:
-            key, candidate = _sortable(score_ptr, candidate_ptr, first + start + slot, start + slot < size)
-        ties += tl.sum((key >= lowest).to(tl.int32), 0)
+    for left in tl.static_range(32 - BITS, -1, -BITS):
+        lowest = _raised(lowest, _histogram(key, lowest, left, BITS), count, left, BITS)
     # Of the slots that equal the lowest score that is marked, so many are not, counted from the left.
-    passed = tl.zeros([], tl.int32)
-    for start in range(0, size, BLOCK):
-        key, candidate = _sortable(score_ptr, candidate_ptr, first + start + slot, start + slot < size)
-        tie = (key == lowest).to(tl.int32)
-        marked = (key > lowest) | ((tie > 0) & (passed + tl.cumsum(tie, 0) > ties))
-        tl.store(out_ptr + first + start + slot, (marked & candidate).to(tl.uint8), mask=start + slot < size)
-        passed += tl.sum(tie, 0)
+    ties = tl.sum((key >= lowest).to(tl.int32), 0) - count
+    tie = (key == lowest).to(tl.int32)
+    marked = (key > lowest) | ((tie > 0) & (tl.cumsum(tie, 0) > ties))
+    tl.store(out_ptr + first + slot, (marked & candidate).to(tl.uint8), mask=slot < size)
+
+
+@triton.jit
+def _found(counts_ptr, rows, count, LEFT: tl.constexpr, BITS: tl.constexpr):
+    """The count-th highest key as far as the histograms of its bits before the LEFT last ones are known."""
+    lowest = tl.full([], -2147483648, tl.int32)
+    row = tl.program_id(1)
+    for left in tl.static_range(32 - BITS, LEFT - 1, -BITS):
+        counts = tl.load(counts_ptr + row * (1 << BITS) + tl.arange(0, 1 << BITS))
+        lowest = _raised(lowest, counts, count, left, BITS)
+        row += rows
+    return lowest
+
+
+@triton.jit
+def _count_digits(
+    score_ptr, candidate_ptr, count_ptr, counts_ptr, size, rows,
+    LEFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, B * H): add a tile to the histogram of the BITS bits before the LEFT last ones."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key, _ = _sortable(score_ptr, candidate_ptr, tl.program_id(1).to(tl.int64) * size + slot, slot < size)
+    count = tl.load(count_ptr + tl.program_id(1)).to(tl.int32)
+    lowest = _found(counts_ptr, rows, count, LEFT + BITS, BITS)
+    counts = _histogram(key, lowest, LEFT, BITS)
+    row = (32 // BITS - 1 - LEFT // BITS) * rows + tl.program_id(1)
+    tl.atomic_add(counts_ptr + row * (1 << BITS) + tl.arange(0, 1 << BITS), counts, mask=counts > 0)
+
+
+@triton.jit
+def _mark(
+    score_ptr, candidate_ptr, count_ptr, counts_ptr, out_ptr, size, rows,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, B * H): the marks as in `_top`; each program counts its row's ties for itself, from L2."""
+    first = tl.program_id(1).to(tl.int64) * size
+    count = tl.load(count_ptr + tl.program_id(1)).to(tl.int32)
+    lowest = _found(counts_ptr, rows, count, 0, BITS)
+    reach, passed = tl.zeros([SCAN], tl.int32), tl.zeros([SCAN], tl.int32)
+    for start in range(0, size, SCAN):
+        other = start + tl.arange(0, SCAN)
+        key, _ = _sortable(score_ptr, candidate_ptr, first + other, other < size)
+        reach += ((key >= lowest) & (other < size)).to(tl.int32)
+        passed += ((key == lowest) & (other < tl.program_id(0) * BLOCK)).to(tl.int32)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key, candidate = _sortable(score_ptr, candidate_ptr, first + slot, slot < size)
+    tie = (key == lowest).to(tl.int32)
+    later = tl.sum(passed, 0) + tl.cumsum(tie, 0) > tl.sum(reach, 0) - count
+    marked = (key > lowest) | ((tie > 0) & later)
+    tl.store(out_ptr + first + slot, (marked & candidate).to(tl.uint8), mask=slot < size)
 
 
 def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
@@ -100,12 +148,17 @@ def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
     if not isinstance(count, Tensor):
         count = torch.full((b, h, 1), count, dtype=torch.int64, device=score.device)
     out = torch.empty((b, h, size), dtype=torch.uint8, device=score.device)
-    held = size <= CONFIG["held"]
-    block = max(16, triton.next_power_of_2(size)) if held else CONFIG["scan"]
-    _top[(b * h,)](
-        score.contiguous(), candidates.contiguous().view(torch.uint8), count.expand(b, h, 1).contiguous(), out, size,
-        BLOCK=block, HELD=held, BITS=CONFIG["bits"], num_warps=min(32, max(4, block // 256)),
-    )  # fmt: skip
+    given = score.contiguous(), candidates.contiguous().view(torch.uint8), count.expand(b, h, 1).contiguous()
+    bits, tile, warps = CONFIG["bits"], CONFIG["tile"], CONFIG["scan_warps"]
+    if size <= CONFIG["held"]:
+        block = max(16, triton.next_power_of_2(size))
+        _top[(b * h,)](*given, out, size, BLOCK=block, BITS=bits, num_warps=min(16, max(4, block // 256)))
+        return out.view(torch.bool)
+    counts = torch.zeros((32 // bits, b * h, 1 << bits), dtype=torch.int32, device=score.device)
+    grid = (triton.cdiv(size, tile), b * h)
+    for left in range(32 - bits, -1, -bits):
+        _count_digits[grid](*given, counts, size, b * h, LEFT=left, BITS=bits, BLOCK=tile, num_warps=warps)
+    _mark[grid](*given, counts, out, size, b * h, BITS=bits, BLOCK=tile, SCAN=CONFIG["scan"], num_warps=warps)
     return out.view(torch.bool)
 
 
@@ -142,7 +195,7 @@ def partition(keep: Tensor) -> tuple[Tensor, Tensor]:
     """
     order, place = torch.empty(2, *keep.shape, dtype=torch.int64, device=keep.device)
     b, h, size = keep.shape
-    tile, scan = (min(CONFIG[name], max(16, triton.next_power_of_2(size))) for name in ("tile", "scan"))
+    tile, scan = (min(CONFIG[name], max(16, triton.next_power_of_2(size))) for name in ("part", "scan"))
     _partition[(triton.cdiv(size, tile), b * h)](
         keep.contiguous().view(torch.uint8), order, place, size, BLOCK=tile, SCAN=scan, num_warps=CONFIG["scan_warps"]
     )

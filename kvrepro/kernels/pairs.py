@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 CONFIG = {
     ("shares", False): (64, 64, 4, 2),
     ("shares", True): (32, 32, 4, 2),
-    ("merge", False): (32, 4),
-    ("merge", True): (16, 4),
+    ("merge", False): (16, 2),
+    ("merge", True): (8, 2),
 }
 #: Pairs of a tile of `_greedy`.
 GREEDY_TILE = 1024

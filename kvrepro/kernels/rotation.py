@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 #: Slots whose shift a program of `_shift` finds, and slots that it looks at at a time.
-TILE, SCAN = 2048, 4096
+TILE, SCAN = 4096, 4096
 
 
 @triton.jit

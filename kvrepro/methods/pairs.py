@@ -228,7 +228,7 @@ class PairMerging(Method):
     def _round(
         self, slots: Slots, budget: int, count: Tensor | int, most: int, step: Step, seen: Observation
     ) -> tuple[Slots, Observation]:
-        """One round, which leaves `most` slots a head less, and what the queries saw of them; `count` as in `Choice`."""
+        """One round: slots, `most` a head less, and what the queries saw of them; `count` as in `Choice`."""
         score = self.scores(slots, budget, seen.mass)
         allowed = greedy_pairs(score) if self.overlap == "disjoint" else torch.isfinite(score)
         chosen = top(-score, allowed, count)

@@ -41,9 +41,7 @@ class PairMerging(Oracle):
 
     log_cardinality = True
 
-    def __init__(
-        self, *, variant: str = "paper", overlap: str = "disjoint", block: int = 1, **common: object
-    ) -> None:
+    def __init__(self, *, variant: str = "paper", overlap: str = "disjoint", block: int = 1, **common: object) -> None:
         super().__init__(**common)
         self.block, self.goal = block, 0
         self.variant, self.overlap = variant, overlap
