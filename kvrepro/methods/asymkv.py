@@ -38,6 +38,10 @@ class AsymKV(PairMerging):
         """As pairs merge; only the warning is said on the host."""
         return super().steady(budget, arrived)
 
+    def leaves(self, budget: int) -> int | None:
+        """A block less than the slots that are one too many; one slot at a time is `steady`."""
+        return super().leaves(budget) if self.block_of(budget) > 1 else None
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Merge pairs in rounds; a merged slot carries the sum of its members' squared gradients."""
         if self.fisher == "loss" and step.gradients is None:

@@ -64,6 +64,10 @@ class KVSlimmer(PairMerging):
         """The running mean of the released code is kept on the device."""
         return super().steady(budget, arrived)
 
+    def leaves(self, budget: int) -> int | None:
+        """A block less than the slots that are one too many; one slot at a time is `steady`."""
+        return super().leaves(budget) if self.block_of(budget) > 1 else None
+
     def accumulate(self, slots: Slots, found: dict[str, Tensor], step: Step) -> Slots:
         """The released code's running mean of h = alpha (1 - 2 alpha) |v - o|_1 over passes (chunks).
 

@@ -158,7 +158,7 @@ class PairMerging(Method):
         The queries look once (ours; the codes pick all pairs at once). In later rounds a merged slot has received what
         its parts received, and output and log-sum-exp are still those of that look.
         """
-        goal = self.leaves(budget) if step.queries.shape[3] == 1 else budget
+        goal = budget + 1 - self.block_of(budget) if step.queries.shape[3] == 1 else budget
         step = self.judges(step)
         if slots.ragged and goal < budget:
             return self._free_in_full_rows(slots, budget, goal, step)
