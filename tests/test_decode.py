@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int | float | None, str]] = {
     "keepkv": ("keepkv", {"threshold": 0.3}, 16, ""),
     "asymkv": ("asymkv", {"fisher": "forward"}, 16, ""),
     "asymkv loss": ("asymkv", {}, 16, ""),
+    "asymkv blocks": ("asymkv", {"fisher": "forward", "block": 3}, 16, "appended"),
     "weightedkv": ("weightedkv", {}, 16, "in place"),
     "weightedkv original": ("weightedkv", {"positions": "original", "recent": 3, "sinks": 1}, 16, "in place"),
     "weightedkv cardinality": ("weightedkv", {"positions": "cardinality"}, 16, "copied back"),
@@ -51,6 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int | float | None, str]] = {
     "kvmerger threshold": ("kvmerger", {"budget_mode": "threshold", "block": 5, "epsilon": 0.1}, 16, "appended"),
     "kvmerger skipping": ("kvmerger", {"skip_layers": True, "block": 4}, 16, ""),
     "kvslimmer": ("kvslimmer", {}, 16, ""),
+    "kvslimmer blocks": ("kvslimmer", {"block": 3, "overlap": "released"}, 16, "appended"),
     "kvslimmer released": ("kvslimmer", {"variant": "released"}, 16, ""),
 }
 
@@ -310,15 +312,17 @@ def test_a_subclass_that_compresses_otherwise_does_not_inherit_the_rule(model: P
 # --- blocks of slots freed in place -----------------------------------------------------------------------------------
 
 #: Options of KVMerger, and the layers of the model.
-BLOCKS: dict[str, tuple[dict[str, Any], int]] = {
-    "plain": ({}, 3),
-    "one at a time": ({"block": 1}, 3),
-    "attention": ({"mass": "attention", "reduce": "max"}, 3),
-    "cache": ({"positions": "cache", "shared_sets": True}, 3),
-    "cardinality": ({"positions": "cardinality", "pivot": "random", "reduce": "sum"}, 3),
-    "printed": ({"mass": "none", "sigma": "printed", "sinks": 1}, 3),
-    "mean": ({"weights": "mean", "sigma": 5.0}, 3),
-    "skipping": ({"skip_layers": True}, 5),
+BLOCKS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "plain": ("kvmerger", {}, 3),
+    "one at a time": ("kvmerger", {"block": 1}, 3),
+    "attention": ("kvmerger", {"mass": "attention", "reduce": "max"}, 3),
+    "cache": ("kvmerger", {"positions": "cache", "shared_sets": True}, 3),
+    "cardinality": ("kvmerger", {"positions": "cardinality", "pivot": "random", "reduce": "sum"}, 3),
+    "printed": ("kvmerger", {"mass": "none", "sigma": "printed", "sinks": 1}, 3),
+    "mean": ("kvmerger", {"weights": "mean", "sigma": 5.0}, 3),
+    "skipping": ("kvmerger", {"skip_layers": True}, 5),
+    "pairs": ("kvslimmer", {"block": 3}, 3),
+    "pairs by gradient": ("asymkv", {"fisher": "forward", "block": 2, "recent": 2}, 3),
 }
 
 
@@ -336,10 +340,10 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[decode.Decoder]:
 @pytest.mark.parametrize("case", BLOCKS)
 def test_blocks_freed_in_place_are_those_of_plain_generate(case: str, rows: str, left: list[decode.Decoder]) -> None:
     """Same tokens, same cache over many blocks; the due steps are replayed, whether padding is gone or never was."""
-    options, layers = BLOCKS[case]
+    name, options, layers = BLOCKS[case]
     model = kvrepro.prepare(tiny_model(layers=layers))
     ids, mask = padded(26, 8 if rows == "padded" else 0) if rows != "filling" else padded(10, 0)
-    caches = [kvrepro.make_cache(model, "kvmerger", 16, **{"block": 4, **options}) for _ in range(2)]
+    caches = [kvrepro.make_cache(model, name, 16, **{"block": 4, **options}) for _ in range(2)]
     ours = kvrepro.generate(model, ids, caches[0], 40, attention_mask=mask)
     assert torch.equal(ours, plain(model, caches[1], ids, mask, 40))
     assert_same_cache(*caches)
@@ -395,9 +399,9 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("case", BLOCKS)
 def test_each_step_of_a_kind_is_the_same_work(case: str) -> None:
     """The host decides nothing in a step, and no number in it changes from one to the next."""
-    options, layers = BLOCKS[case]
+    name, options, layers = BLOCKS[case]
     model = kvrepro.prepare(tiny_model(layers=layers))
-    cache = kvrepro.make_cache(model, "kvmerger", 16, **{"block": 4, **options})
+    cache = kvrepro.make_cache(model, name, 16, **{"block": 4, **options})
     token = kvrepro.prefill(model, tokens(2, 30), cache).logits[:, -1].argmax(-1)
     work: dict[str, list[Any]] = {"common": [], "due": []}
     with decode.Decoder(model, cache, room=24) as decoder:

@@ -294,7 +294,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "        pairs.merge(slots, mass, choice, share, 5, torch.rand(64))\n",
         encoding="utf-8",
     )
-    compile_script(script, launches=19)
+    compile_script(script, launches=27)
 
 
 def compile_script(script: Path, launches: int) -> None:
