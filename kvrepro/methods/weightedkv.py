@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from kvrepro import kernels
 from kvrepro.attention import Step
 from kvrepro.methods.base import POSITIONS, Method, StepRule, option
-from kvrepro.slots import Slots, compact, join_right, select
+from kvrepro.slots import Slots, compact, join_right, mix, next_kept, partition, select, total_at
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,29 @@ class WeightedKV(Method):
         """Evict the slots with the least mean attention; each run of evicted values joins the slot on its right."""
         mean = self.mean_attention(slots)
         keep = select(slots, mean, budget, self.sinks, self.recent_of(budget))
-        if self.merge:
-            slots = join_right(slots, keep, mean)
-        return compact(slots, keep, budget)
+        if self.merge and kernels.covers(slots.keys, slots.values):
+            return _joined(slots, keep, mean, budget)
+        return compact(join_right(slots, keep, mean) if self.merge else slots, keep, budget)
+
+
+def _joined(slots: Slots, keep: Tensor, weights: Tensor, size: int) -> Slots:
+    """`join_right` and `compact` in one, for the kernels: every value is read once.
+
+    Args:
+        slots: `S` slots a head; the last one of each head is kept.
+        keep: `[B, H_kv, S]` bool, at most `size` filled slots a head.
+        weights: `[B, H_kv, S]`, not negative; where no two of a run are above 0, the kept value stays as it is.
+        size: slots a head afterwards.
+    """
+    keep = keep & slots.valid
+    order, place = partition(keep)
+    target = place.gather(2, next_kept(keep).clamp_max(slots.size - 1)) - (slots.size - size)
+    target = torch.where(slots.valid, target, size)
+    weights = weights.masked_fill(~slots.valid, 0)
+    total = total_at(weights, target, size).gather(2, target)
+    joined = total_at((weights > 0).to(torch.int32), target, size).gather(2, target) > 1
+    share = torch.where(joined & (total > 0), weights / total.clamp_min(torch.finfo(total.dtype).tiny), keep)
+    content = mix(slots, target, (keep, share), size, runs=True)
+    left = compact(slots, keep, size, order=order, content=content, whole=not slots.ragged)
+    cardinality = total_at(slots.cardinality, target, size)[..., :size]
+    return dataclasses.replace(left, cardinality=cardinality)
