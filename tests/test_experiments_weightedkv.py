@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, tokens
+from tiny import measure_tiny, tokens
 from torch.nn.functional import cosine_similarity
 
 import kvrepro
@@ -21,11 +21,7 @@ from kvrepro.records import Record
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Record]]:
     """Run an experiment on a tiny model and random tokens; the text's name only has to exist."""
-    model = kvrepro.prepare(tiny_model(dtype=torch.float32))
-    monkeypatch.setenv("KVREPRO_STRICT", "1")
-    monkeypatch.setattr(common, "_loaded", lambda *_: model)
-    monkeypatch.setattr(common, "_tokenizer", lambda *_: None)
-    monkeypatch.setattr(common.Bench, "windows", lambda _, text, length, n: tokens(n, length, seed=len(text)))
+    measure_tiny(monkeypatch)
 
     def forget() -> None:
         """Let go of what was read with another model."""

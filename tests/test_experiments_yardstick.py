@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, tokens
+from tiny import measure_tiny, tiny_model, tokens
 from torch import Tensor
 
 import kvrepro
@@ -26,11 +26,7 @@ SIZES = {"context": 40, "continuation": 8, "fit": 24, "n": 2}
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Record]]:
     """Measure on a tiny model and random tokens; the text's name only has to exist."""
-    model = kvrepro.prepare(tiny_model(dtype=torch.float32))
-    monkeypatch.setenv("KVREPRO_STRICT", "1")
-    monkeypatch.setattr(common, "_loaded", lambda *_: model)
-    monkeypatch.setattr(common, "_tokenizer", lambda *_: None)
-    monkeypatch.setattr(common.Bench, "windows", lambda _, text, length, n: tokens(n, length, seed=len(text)))
+    measure_tiny(monkeypatch)
     yardstick._layers.cache_clear()
     yardstick._measured.cache_clear()
     yield lambda *args, **sizes: yardstick.errors("code", *args, **{**SIZES, **sizes}, model="smollm2-135m")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +20,9 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+import kvrepro
+from kvrepro.experiments import common
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
 VOCABULARY = 97
@@ -80,3 +84,12 @@ def tiny_model(
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, never the padding id."""
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def measure_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let experiments measure on a tiny model and random tokens, and raise what goes wrong."""
+    model = kvrepro.prepare(tiny_model(dtype=torch.float32))
+    monkeypatch.setenv("KVREPRO_STRICT", "1")
+    monkeypatch.setattr(common, "_loaded", lambda *_: model)
+    monkeypatch.setattr(common, "_tokenizer", lambda *_: None)
+    monkeypatch.setattr(common.Bench, "windows", lambda _, text, length, n: tokens(n, length, seed=len(text)))

@@ -29,9 +29,9 @@ PAPER = "across"
 #: What is read of the kept slots, see :func:`readings`, and the two fits, see :func:`best_values`.
 PARTS = ("merge", "eviction", "keys", "values", "counts", "early", "late")
 BESTS = ("best", "best_mass")
-#: Ridges to choose from, as shares of the mean square of a slot's column of attention.
+#: Ridges to choose from, as shares of the mean square of a slot's column of attention (ours).
 RIDGES = tuple(10.0**power for power in range(-5, 1))
-#: Rounds at most of the projected gradient that fits the slots' weights.
+#: Rounds at most of the projected gradient that fits the slots' weights (ours).
 ROUNDS = 30
 #: A slot whose weight is below this has none.
 _NOTHING = 1e-8
