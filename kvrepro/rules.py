@@ -344,6 +344,50 @@ def larger_at(
     return Judged(by_direction(found, direction, effect, FACTOR), found, _all_of(used))
 
 
+@_rule(
+    "One method at two settings, on the same texts, sample by sample: little is claimed to be lost at the first. A "
+    "number is the change of perplexity in per cent; the entry names a margin that still counts as little. Reproduced: "
+    "every whole interval lies below the margin. Contradicted: one lies above it. Not reproduced: the rest.",
+    "of parameter first second samples margin",
+)
+def holds_at(
+    records: Sequence[Record],
+    effect: float | None,
+    *,
+    of: str,
+    parameter: str,
+    first: float,
+    second: float,
+    samples: str,
+    margin: float,
+) -> Judged:
+    """Whether a method is about as good at one setting as at another.
+
+    Args:
+        records: to choose from, one a text and setting.
+        effect: not used.
+        of: the method's label.
+        parameter: what is set.
+        first: its value where little is claimed to be lost.
+        second: its value that this is compared with.
+        samples: name of the extra results that hold one negative log-likelihood a sample.
+        margin: per cent.
+    """
+    found, used = [], []
+    own = [r for r in records if label(r) == of]
+    base = {r.cell.data_sha256: r for r in own if _setting(r, parameter) == second}
+    for record in (r for r in own if _setting(r, parameter) == first and r.cell.data_sha256 in base):
+        other = base[record.cell.data_sha256]
+        used += [record, other]
+        name = f"{_place(record)}, {parameter} {first:,} against {second:,}"
+        found.append(_scaled(interval(name, series(record, samples) - series(other, samples)), "percent"))
+    if not found:
+        raise Missing(f"no records of {of} at {parameter} {first} and {second} on the same text")
+    signs = [c.sign(margin) for c in found]
+    verdict = CONTRADICTED if 1 in signs else REPRODUCED if all(sign == -1 for sign in signs) else NOT_REPRODUCED
+    return Judged(verdict, found, used, f"margin {margin:g} %")
+
+
 def _setting(record: Record, name: str) -> Any:
     return record.cell.params.get(name, getattr(record.cell, name, None))
 

@@ -238,6 +238,20 @@ class TestRules:
             verdict("larger_at", records[:2], **given)
 
     @pytest.mark.parametrize(
+        ("lost", "expected"), [(0.01, REPRODUCED), (0.05, NOT_REPRODUCED), (0.2, CONTRADICTED), (-0.3, REPRODUCED)]
+    )
+    def test_holds_at(self, lost: float, expected: str) -> None:
+        long = [2.0 + lost, 3.02 + lost, 2.5 + lost, 2.8 + lost]
+        short = [2.01, 3.0, 2.51, 2.8]
+        records = [record("a", extra={"x": x}, window=w) for x, w in ((long, 16), (short, 4))]
+        given = {"of": "a", "parameter": "window", "first": 16, "second": 4, "samples": "x", "margin": 5.0}
+        judged = RULES["holds_at"].judge(records, None, **given)
+        assert judged.verdict == expected and len(judged.records) == 2
+        assert judged.comparisons[0].mean == pytest.approx(100 * math.expm1(lost))
+        with pytest.raises(Missing, match="no records of a at window 16 and 4"):
+            verdict("holds_at", [records[0], record("a", extra={"x": short}, window=4, data="code")], **given)
+
+    @pytest.mark.parametrize(
         ("ours", "spread", "effect", "expected"),
         [
             (70.0, 1.0, None, REPRODUCED),  # −30 %

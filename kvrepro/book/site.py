@@ -20,6 +20,7 @@ from kvrepro.book.files import write_if_changed, write_text
 from kvrepro.book.ledger_page import ledger_page
 from kvrepro.book.pages import fill_glue, glued_in_prose, placeholder, status_page, write_generated
 from kvrepro.book.project import BookError, Notebook, Project
+from kvrepro.book.published import link, published_notebooks, shown, stage_published
 from kvrepro.book.stamps import Sources, Stamp, why
 
 _COMMAND = ["build", ".", "--path-output", ".", "--all", "--keep-going", "-n"]
@@ -30,17 +31,20 @@ _TOOLS = ("jupyter-book", "sphinx", "myst-nb", "sphinx-book-theme", "pydata-sphi
 
 
 def check_toc(project: Project, notebooks: Sequence[Notebook]) -> None:
-    """Make sure that the table of contents lists every notebook's page, and no page of a notebook that is not there.
+    """Make sure that the table of contents lists every notebook's pages, and no page of a notebook that is not there.
 
     Raises:
         BookError: they disagree, or a chapter is missing.
     """
     listed = set(toc_files(project))
-    prefix = "book/results/"
-    wanted = {prefix + notebook.name for notebook in notebooks}
+    prefixes = ("book/results/", "book/published/")
+    pages = [notebook.page for notebook in notebooks]
+    pages += [shown(project, notebook) for notebook in published_notebooks(project, notebooks)]
+    wanted = {page.relative_to(project.root).with_suffix("").as_posix() for page in pages}
     problems = [f"add {name} to _toc.yml" for name in sorted(wanted - listed)]
-    problems += [f"take {name} out of _toc.yml" for name in sorted(n for n in listed - wanted if n.startswith(prefix))]
-    for name in sorted(name for name in listed if not name.startswith(prefix) and name not in _WRITTEN):
+    unknown = sorted(name for name in listed - wanted if name.startswith(prefixes))
+    problems += [f"take {name} out of _toc.yml" for name in unknown]
+    for name in sorted(name for name in listed if not name.startswith(prefixes) and name not in _WRITTEN):
         if not any((project.root / f"{name}{suffix}").is_file() for suffix in (".md", ".ipynb", ".rst")):
             problems.append(f"write {name}.md, or take it out of _toc.yml")
     if problems:
@@ -83,7 +87,7 @@ def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> 
         Names of the pages whose notebooks were not run yet.
     """
     missing = []
-    shown = glued_in_prose(project)
+    wanted = glued_in_prose(project)
     for notebook in notebooks:
         stamp = Stamp.read(notebook.stamp)
         if stamp is None or not notebook.page.is_file():
@@ -91,10 +95,11 @@ def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> 
             page = placeholder(notebook)
         else:
             page = nbformat.read(notebook.page, as_version=4)
-            _mark(page, notebook, stamp, sources)
+            _mark(page, notebook, stamp, sources, link(project, notebook))
         if stamp is None or stamp.failure:
-            fill_glue(page, shown.get(notebook.name, {}))
+            fill_glue(page, wanted.get(notebook.name, {}))
         write_if_changed(notebook.page, nbformat.writes(page) + "\n")
+    stage_published(project, notebooks)
     write_generated(project, notebooks)
     found = compared(notebooks)
     write_if_changed(project.book / "_generated" / "machine.md", summary(found, "compare.md") + "\n")
@@ -104,8 +109,8 @@ def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> 
     return missing
 
 
-def _mark(page: NotebookNode, notebook: Notebook, stamp: Stamp, sources: Sources) -> None:
-    """Put a note on a page that failed or that no longer holds for the profile it was run for."""
+def _mark(page: NotebookNode, notebook: Notebook, stamp: Stamp, sources: Sources, more: str) -> None:
+    """Put a note on a page: that it failed, that it no longer holds for the profile it was run for, or `more`."""
     if stamp.failure:
         text = f"**This notebook failed**, so the page ends where it stopped.\n\n```text\n{stamp.failure}\n```"
         note(page, "danger", text)
@@ -114,7 +119,7 @@ def _mark(page: NotebookNode, notebook: Notebook, stamp: Stamp, sources: Sources
     elif reason := why(notebook, notebook.profiles.get(stamp.profile, {}), sources):
         note(page, "warning", f"**This page is out of date** ({reason}): `make book` runs it again.")
     else:
-        note(page, "note", "")
+        note(page, "note", more)
 
 
 def build_site(project: Project, strict: bool) -> bool:
