@@ -395,9 +395,10 @@ def _setting(record: Record, name: str) -> Any:
 @_rule(
     "A method's time or bytes against another's, as a change in per cent. Verdicts as for *difference*; the "
     "interval comes from the spread of repeated runs, bytes are exact, and a time taken once can give no more than "
-    "the same direction.",
+    "the same direction. Where an entry names a least change, a smaller one counts as none: runs of one process agree "
+    "better than processes do.",
     "of against measure",
-    "plus exact each direction factor",
+    "plus exact each direction factor least",
 )
 def change(
     records: Sequence[Record],
@@ -411,6 +412,7 @@ def change(
     each: str = "length",
     direction: str = "lower",
     factor: float = FACTOR,
+    least: float = 0.0,
 ) -> Judged:
     """Relative change of one measured number.
 
@@ -425,6 +427,7 @@ def change(
         each: parameter that tells the comparisons apart.
         direction: ``lower`` or ``higher``.
         factor: see :data:`FACTOR`.
+        least: per cent; a smaller change counts as none.
     """
     matched, found = pairs(records, of, against), []
     for a, b in matched:
@@ -435,6 +438,8 @@ def change(
         if measure == "value" and None not in spreads:
             error = 100 * x / y * math.hypot(float(spreads[0] or 0) / x, float(spreads[1] or 0) / y)
         found.append(with_error(name, mean, 0.0 if exact else error, a.value.n, "%"))
+    if any(abs(c.mean) < least for c in found):
+        return Judged(NOT_REPRODUCED, found, _all_of(matched), f"less than {least:g} % counts as none")
     return Judged(by_direction(found, direction, effect, factor), found, _all_of(matched))
 
 

@@ -267,6 +267,11 @@ class TestRules:
         records = [record("a", ours, spread, length=1), record("b", 100.0, spread, length=1)]
         assert verdict("change", records, effect, of="a", against="b", measure="value") == expected
 
+    @pytest.mark.parametrize(("ours", "expected"), [(99.0, NOT_REPRODUCED), (97.0, REPRODUCED), (103.0, CONTRADICTED)])
+    def test_a_change_below_the_least_counts_as_none(self, ours: float, expected: str) -> None:
+        records = [record("a", ours, 0.01, length=1), record("b", 100.0, 0.01, length=1)]
+        assert verdict("change", records, of="a", against="b", measure="value", least=2.0) == expected
+
     def test_change_of_bytes(self) -> None:
         records = [record(name, extra={"peak": p, "weights": 80}, length=1) for name, p in (("a", 10), ("b", 60))]
         given = {"of": "a", "against": "b", "measure": "peak", "exact": True}
