@@ -278,11 +278,12 @@ def _normalised(source: str) -> str:
         return source
 
 
-def _imports_of_script(source: str, module: str) -> set[str]:
+@functools.lru_cache(maxsize=64)
+def _imports_of_script(source: str, module: str) -> frozenset[str]:
     try:
-        return imported_modules(ast.parse(source), module, is_package=False)
+        return frozenset(imported_modules(ast.parse(source), module, is_package=False))
     except SyntaxError:
-        return set()
+        return frozenset()
 
 
 def _outside_source(function: FunctionType | type, module: str) -> str:
