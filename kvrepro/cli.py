@@ -17,7 +17,7 @@ import click
 import kvrepro
 from kvrepro import assets, methods
 from kvrepro.book.project import PROFILES, Project
-from kvrepro.cli_eval import evaluate
+from kvrepro.cli_eval import evaluate, executor_option
 from kvrepro.cli_tasks import COMMANDS
 from kvrepro.compare import RTOL, Comparison, compare
 from kvrepro.doctor import examine
@@ -72,6 +72,7 @@ def methods_command(name: str | None, as_json: bool) -> None:
 @click.argument("parameters", nargs=-1, metavar="[NAME=VALUE]...")
 @click.option("--profile", type=_PROFILE, help="Whose parameters to start from.  [default: gpu with CUDA, else quick]")
 @click.option("--force", is_flag=True, help="Run it although nothing changed.")
+@executor_option
 def run_command(notebook: str, parameters: tuple[str, ...], profile: str | None, force: bool) -> None:
     """Run one notebook, with parameters of your own if any are given, and print where it is.
 
@@ -91,6 +92,7 @@ def run_command(notebook: str, parameters: tuple[str, ...], profile: str | None,
 @click.option("-n", "--notebook", "notebooks", multiple=True, help="Only this notebook; may be given several times.")
 @click.option("--force", is_flag=True, help="Run the notebooks although nothing changed.")
 @click.option("--site/--no-site", default=True, show_default=True, help="Build the pages afterwards.")
+@executor_option
 def build_command(profile: str | None, notebooks: tuple[str, ...], force: bool, site: bool) -> None:
     """Make the book: run the notebooks that need it, then build the pages."""
     from kvrepro.book.build import build  # slow to import

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kvrepro
-from kvrepro import methods, models, texts
+from kvrepro import executors, methods, models, texts
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,26 @@ class Budget(click.ParamType):
         if budget <= 0 or (isinstance(budget, float) and budget > 1):
             self.fail(f"{value!r} is neither a number of slots (256) nor a share of the prompt (0.25)", param, ctx)
         return budget
+
+
+def _choose(context: click.Context, parameter: click.Parameter, value: str) -> None:
+    try:
+        executors.scheduler(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    os.environ[executors.VARIABLE] = value  # for this process and for the kernels that it starts
+
+
+#: For commands that measure cells.
+executor_option = click.option(
+    "--executor",
+    envvar=executors.VARIABLE,
+    default=executors.LOCAL,
+    show_default=True,
+    expose_value=False,
+    callback=_choose,
+    help=f"Who measures: {executors.LOCAL}, or the workers of a Dask scheduler, dask://HOST:PORT.",
+)
 
 
 def _options(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, Any]:
@@ -215,6 +236,7 @@ def fidelity(setup: Setup, context: int, continuation: int, samples: int, chunk:
 
 @evaluate.command("needle", epilog="\b\nExample:\n  kvrepro eval needle h2o --budget 0.35 --length 2048 --depth 0.5")
 @_common
+@executor_option
 @click.option("--length", default=1024, show_default=True, help="Tokens of the prompt.")
 @click.option("--depth", default=0.5, show_default=True, help="Place of the needle, 0 (start) to 1 (end).")
 @click.option("-n", "--samples", default=4, show_default=True, help="Prompts, each with its own number.")

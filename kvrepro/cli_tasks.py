@@ -13,7 +13,7 @@ import click
 from transformers import PreTrainedTokenizerBase
 
 from kvrepro import models
-from kvrepro.cli_eval import Budget
+from kvrepro.cli_eval import Budget, executor_option
 from kvrepro.records import DONE, Record
 from kvrepro.tasks import longbench, ruler, synthwiki, zeroscrolls
 from kvrepro.tasks.base import Task
@@ -86,6 +86,7 @@ def _options(names: Sequence[str]) -> list[Callable[..., Any]]:
         click.option("--model", default=models.DEFAULT, show_default=True, help="Embedded, a hub id or a folder."),
         click.option("--device", help="As torch calls it.  [default: cuda where there is a GPU]"),
         click.option("--dtype", help="As torch calls it.  [default: bfloat16 on a GPU, else float32]"),
+        executor_option,
         click.option("--json", "as_json", is_flag=True, help="Print JSON, with each sample's results."),
     ]
 

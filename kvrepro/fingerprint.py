@@ -28,7 +28,7 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 #: Modules every measured value goes through, whoever measures it.
 CORE = ("slots", "rope", "attention", "cache", "adapter", "evaluate", "methods.base")
 #: Modules that fetch, store or show values and cannot change them (data and models are in a record's key by sha256).
-HARNESS = frozenset({"records", "fingerprint", "provenance", "assets", "plots", "book", "cli", "__main__"})
+HARNESS = frozenset({"records", "fingerprint", "provenance", "executors", "assets", "plots", "book", "cli", "__main__"})
 
 
 def normalise(source: str) -> str:
@@ -233,12 +233,40 @@ def fingerprint(function: Callable[..., Any], method: str, index: CodeIndex | No
         ValueError: an unknown method, or a function whose source is nowhere to be read.
     """
     index = index or _INDEX
+    modules, own = origin(function, index)
+    return index.fingerprint(modules, method, own)
+
+
+def origin(function: Callable[..., Any], index: CodeIndex | None = None) -> tuple[list[str], str]:
+    """Where the code of a measuring function begins: what :meth:`CodeIndex.fingerprint` is to be given.
+
+    Args:
+        function: the measuring function.
+        index: the sources to look in; kvrepro's own by default.
+
+    Returns:
+        The modules of the package that measure, and the function's own source where it is not part of the package.
+
+    Raises:
+        ValueError: a function whose source is nowhere to be read.
+    """
+    index = index or _INDEX
     module = measuring_module(function)
     if index.path(module) is not None:
-        return index.fingerprint([module], method)
+        return [module], ""
     source = _normalised(_outside_source(_innermost(function), module))
     # What a notebook imported elsewhere is unknown: take all that the package itself imports.
-    return index.fingerprint([index.package, *_imports_of_script(source, module)], method, own=source)
+    return [index.package, *sorted(_imports_of_script(source, module))], source
+
+
+@functools.cache
+def code_at_start() -> CodeIndex:
+    """The package as it is now, read whole: for a process that runs for long and has to know what code it runs."""
+    index = CodeIndex()
+    for path in sorted(index.folder.rglob("*.py")):
+        parts = path.relative_to(index.folder).with_suffix("").parts
+        index.closure([".".join([index.package, *parts[: -1 if parts[-1] == "__init__" else None]])])
+    return index
 
 
 @functools.lru_cache(maxsize=64)
@@ -250,11 +278,12 @@ def _normalised(source: str) -> str:
         return source
 
 
-def _imports_of_script(source: str, module: str) -> set[str]:
+@functools.lru_cache(maxsize=64)
+def _imports_of_script(source: str, module: str) -> frozenset[str]:
     try:
-        return imported_modules(ast.parse(source), module, is_package=False)
+        return frozenset(imported_modules(ast.parse(source), module, is_package=False))
     except SyntaxError:
-        return set()
+        return frozenset()
 
 
 def _outside_source(function: FunctionType | type, module: str) -> str:

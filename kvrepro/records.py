@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -425,7 +425,7 @@ class Store:
         if record is None or not _is_done(record):
             file = self._file(cell)
             file.check_writable()
-            record, error = _run(cell, run, key, code)
+            record, error = measured(cell, run, key, code)
             file.append([record])
             self._records[key] = record
             if error is not None and self.strict:
@@ -439,21 +439,62 @@ class Store:
         Only cells that are not stored yet count as steps. With ``KVREPRO_PROGRESS`` set to a file, one JSON line a step
         (``title, done, total, running, elapsed_s, left_s``) is appended there instead of drawing a bar.
 
+        With ``KVREPRO_EXECUTOR`` set to ``dask://HOST:PORT``, the workers of that Dask scheduler measure, and their
+        records are stored here as they come; but for cells that name this machine's hardware, see
+        :mod:`kvrepro.executors`.
+
         Args:
             cells: cells and the functions that measure them.
             title: what the bar is called.
 
         Returns:
             The records, in the order of the cells.
+
+        Raises:
+            kvrepro.executors.ExecutorError: the workers cannot measure; what came back before is stored.
         """
-        pending = {id(cell) for cell, run in cells if not _is_done(self.get(cell, run))}
+        keyed = [(cell.key(fingerprint(run, cell.method)), cell, run) for cell, run in cells]
+        pending = {key: (cell, run) for key, cell, run in keyed if not _is_done(self._stored(key))}
         records = []
         with _Progress(title, len(pending)) as progress:
-            for cell, run in cells:
-                if id(cell) in pending:
+            found = self._measure_elsewhere(pending, progress)
+            for key, cell, run in keyed:
+                if pending.pop(key, None) and key not in found:
                     progress.start(cell.label())
-                records.append(self.measure(cell, run))
+                record = self._touched[key] = found.get(key) or self.measure(cell, run)
+                records.append(record)
         return records
+
+    def _measure_elsewhere(
+        self, pending: Mapping[str, tuple[Cell, Callable[[], Value]]], progress: _Progress
+    ) -> dict[str, Record]:
+        """Have a cluster's workers measure what they may, storing each record as it comes; nothing without a cluster.
+
+        Raises:
+            RuntimeError: a cell failed, and the store is strict.
+        """
+        from kvrepro import executors  # imports this module
+
+        address = executors.scheduler()
+        if address is None:
+            return {}
+        jobs = [
+            executors.Job(cell, run, key, fingerprint(run, cell.method))
+            for key, (cell, run) in pending.items()
+            if not executors.names_this_machine(cell)
+        ]
+        for job in jobs:
+            self._file(job.cell).check_writable()
+        found: dict[str, Record] = {}
+        with closing(executors.measure(address, jobs, progress.show)) as records:
+            for _ in jobs:
+                progress.start(progress.running)
+                record = next(records)
+                self._file(record.cell).append([record])
+                found[record.key] = self._records[record.key] = record
+                if self.strict and record.status in ("oom", "error"):
+                    raise RuntimeError(f"{record.cell.label()}: {record.reason}")
+        return found
 
     def published(self, cell: Cell) -> Record | None:
         """The newest published record of a cell, whatever code measured it (see ``Record.is_current``).
@@ -556,8 +597,18 @@ def _is_done(record: Record | None) -> bool:
     return record is not None and record.status in DONE
 
 
-def _run(cell: Cell, run: Callable[[], Value], key: str, code: str) -> tuple[Record, Exception | None]:
-    """Run a measurement and describe what came of it."""
+def measured(cell: Cell, run: Callable[[], Value], key: str, code: str) -> tuple[Record, Exception | None]:
+    """Run a measurement and describe what came of it, without storing it.
+
+    Args:
+        cell: what is measured.
+        run: measures it.
+        key: of the record.
+        code: fingerprint of the code that measures.
+
+    Returns:
+        The record, and the error where its status is ``oom`` or ``error``.
+    """
     status: Status = "ok"
     reason, value, error = "", Value(None, n=0), None
     meter = provenance.Meter()
@@ -604,7 +655,7 @@ class _Progress:
     """A tqdm bar on stderr, or JSON lines in the file that ``KVREPRO_PROGRESS`` names. Silent without steps."""
 
     def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.done = title, total, -1
+        self.title, self.total, self.done, self.running = title, total, -1, ""
         self._path = os.environ.get("KVREPRO_PROGRESS")
         self._start = time.monotonic()
         self._bar: tqdm[Any] | None = None
@@ -616,12 +667,15 @@ class _Progress:
 
     def start(self, running: str) -> None:
         """Say that the next step runs, which ends the one before."""
-        self._step(running)
-
-    def _step(self, running: str) -> None:
         self.done += 1
         if self._bar is not None:
             self._bar.update(min(self.done, 1))
+        self.show(running)
+
+    def show(self, running: str) -> None:
+        """Say what runs now."""
+        self.running = running
+        if self._bar is not None:
             self._bar.set_postfix_str(running)
         elif self._path and self.total:
             self._write(running)
@@ -636,7 +690,7 @@ class _Progress:
 
     def __exit__(self, *exception: object) -> None:
         if exception[0] is None and self.total:
-            self._step("")
+            self.start("")
         if self._bar is not None:
             self._bar.close()
 

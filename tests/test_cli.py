@@ -13,7 +13,7 @@ from book_project import make_project
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kvrepro
-from kvrepro import assets, methods
+from kvrepro import assets, executors, methods
 from kvrepro.cli import main
 from kvrepro.compare import compare
 from kvrepro.records import Cell, Store, Value
@@ -158,6 +158,21 @@ class TestRunAndBuild:
         code, _, err = kv(*words)
         assert code == 2
         assert message in err and len(err.splitlines()) == 1
+
+    @pytest.mark.parametrize("words", [("run", "demo/sizes"), ("build",), ("eval", "needle", "h2o"), ("eval", "ruler")])
+    def test_executors(self, kv: Any, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+        code, _, err = kv(*words, "--executor", "dask://nowhere")
+        assert code == 2 and "write local, or dask://HOST:PORT" in err
+        monkeypatch.setenv("KVREPRO_EXECUTOR", "ray://host:1")
+        assert kv(*words)[0] == 2
+
+    def test_a_cluster_that_is_not_there_is_noticed_before_anything_runs(
+        self, kv: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(executors, "_CONNECT_S", 1)
+        monkeypatch.setenv("KVREPRO_EXECUTOR", "local")  # what the option sets does not outlive the test
+        code, _, err = kv("run", "demo/sizes", "--executor", "dask://127.0.0.1:1")
+        assert code == 1 and "no Dask scheduler answers at tcp://127.0.0.1:1" in err and "[1/1]" not in err
 
     def test_no_checkout(self, kv: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("KVREPRO_ROOT", str(tmp_path))

@@ -16,6 +16,7 @@ from typing import Any
 
 import nbformat
 
+from kvrepro import executors
 from kvrepro.book.checks import check_profile_runs, default_profile
 from kvrepro.book.execute import Outcome, downloads, execute
 from kvrepro.book.files import locked, write_text
@@ -86,6 +87,7 @@ def build(
     Raises:
         RequestError: an unknown profile, notebook or parameter; before anything runs.
         BookError: the profile cannot run here, or the pages could not be built.
+        kvrepro.executors.ExecutorError: the cluster that was asked for does not answer.
         KeyboardInterrupt: stopped; what was finished is kept, and the next build goes on from there.
     """
     profile = check_profile(profile or default_profile())
@@ -94,6 +96,7 @@ def build(
     tasks = _tasks(project.select(names), profile, sources, force)
     check_toc(project, every)
     if tasks:
+        executors.check()
         check_profile_runs(profile, [task.all_parameters() for task in tasks])
     with locked(project.work / "build.lock"), _terminable():
         _run_all(project, tasks, profile, sources)
@@ -121,6 +124,7 @@ def run(
     Raises:
         RequestError: an unknown profile, notebook or parameter; before anything runs.
         BookError: the profile cannot run here, or the notebook failed.
+        kvrepro.executors.ExecutorError: the cluster that was asked for does not answer.
     """
     profile = check_profile(profile or default_profile())
     notebook = project.select([name])[0]
@@ -133,6 +137,7 @@ def run(
     reason = why(notebook, parameters, sources) or ("asked for" if force else "")
     if reason:
         task = _Task(notebook, parameters, reason)
+        executors.check()
         check_profile_runs(profile, [task.all_parameters()])
         with locked(project.work / "build.lock"), _terminable():
             _run_all(project, [task], "" if given else profile, sources)

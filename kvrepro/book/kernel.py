@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kvrepro import provenance
+from kvrepro import executors, provenance
 from kvrepro.records import Store, write_records
 
 
@@ -21,7 +21,7 @@ def export(folder: str) -> None:
     environment = {
         "commit": commit,
         "dirty": dirty,
-        "device": provenance.device_name(),
+        "device": provenance.device_name() + (" and a Dask cluster" if executors.scheduler() else ""),
         "threads": torch.get_num_threads(),
         "versions": provenance.versions(),
     }

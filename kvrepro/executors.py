@@ -1,0 +1,425 @@
+"""Where the cells of a sweep are measured: in this process, or by the workers of a Dask cluster.
+
+``KVREPRO_EXECUTOR`` says which: ``local``, the default, which needs no Dask, or ``dask://HOST:PORT``, a scheduler. This
+process then hands the cells out, one at a time to each worker, and gets their records back: workers need the package
+and the data, but no folder in common. Cells that name this machine's hardware, as timings do, are measured here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvrepro import models, provenance, texts
+from kvrepro.fingerprint import PACKAGE, code_at_start, measuring_module, origin
+from kvrepro.records import Cell, Record, Value, measured
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+VARIABLE = "KVREPRO_EXECUTOR"
+LOCAL = "local"
+#: Workers that a cell may lose before it is recorded as an error.
+MOST_LOST = 3
+_POLL_S = 0.5
+_CONNECT_S = 10
+_FETCH_S = 30
+
+
+class ExecutorError(RuntimeError):
+    """Cells cannot be measured where they should be; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to be measured.
+
+    Attributes:
+        cell: what is measured.
+        run: measures it.
+        key: of its record.
+        code: fingerprint of the code that measures.
+    """
+
+    cell: Cell
+    run: Callable[[], Value]
+    key: str
+    code: str
+
+
+def scheduler(name: str | None = None) -> str | None:
+    """Address of the scheduler whose workers measure, as Dask writes it; None where this process does.
+
+    Args:
+        name: ``local`` or ``dask://HOST:PORT``; what ``KVREPRO_EXECUTOR`` says by default.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    name = os.environ.get(VARIABLE, "") if name is None else name
+    if name in ("", LOCAL):
+        return None
+    if not re.fullmatch(r"dask://(\[[0-9a-fA-F:]+\]|[^\s/:]+):\d+", name):
+        raise ValueError(f"{name!r} is no executor: write {LOCAL}, or dask://HOST:PORT for a Dask scheduler")
+    return name.replace("dask://", "tcp://")
+
+
+def check() -> None:
+    """Make sure, before anything is measured, that the scheduler of ``KVREPRO_EXECUTOR`` answers.
+
+    Raises:
+        ValueError: the variable names no executor.
+        ExecutorError: Dask is not installed, or no scheduler is there.
+    """
+    if (address := scheduler()) is not None:
+        with _connected(address):
+            pass
+
+
+def names_this_machine(cell: Cell) -> bool:
+    """Whether a parameter of a cell is the name of a device of this machine: such a cell must be measured here."""
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    named = {value for value in cell.params.values() if isinstance(value, str)}
+    return not named.isdisjoint(map(provenance.device_name, devices))
+
+
+def measure(address: str, jobs: Sequence[Job], show: Callable[[str], None]) -> Iterator[Record]:
+    """Have cells measured by a cluster's workers.
+
+    Args:
+        address: the scheduler's.
+        jobs: what is to be measured, neighbours being those that share most of what they load.
+        show: called with a text that says what runs, whenever that changes.
+
+    Yields:
+        Each job's record as soon as it is there, in any order.
+
+    Raises:
+        ExecutorError: no scheduler, or a worker that must not measure: with other code, model or text, another kind of
+            device, or several cells at a time.
+    """
+    with _connected(address) as client:
+        yield from _Sweep(client, jobs, show).records()
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Client]:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ExecutorError(
+            f"{VARIABLE}: Dask is not installed here ({error}): pip install 'kvrepro[dask]', or measure with {LOCAL}"
+        ) from error
+    try:
+        client = Client(address, timeout=_CONNECT_S, set_as_default=False)
+    except OSError as error:
+        raise ExecutorError(f"no Dask scheduler answers at {address} ({error}): start one, dask scheduler") from error
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+# --- here: handing out ----------------------------------------------------------------------------------------------
+
+
+class _Waiting:
+    """Jobs in stretches of neighbours, one stretch a worker: what neighbours share is then loaded once a worker."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._free = [list(jobs)]  # stretches without a worker
+        self._own: dict[str, list[Job]] = {}
+
+    def __len__(self) -> int:
+        """The jobs that wait."""
+        return sum(map(len, [*self._free, *self._own.values()]))
+
+    def take(self, worker: str) -> Job:
+        """The next job of a worker's stretch; then a free one's, then the second half of the longest."""
+        if not self._own.get(worker):
+            self._own[worker] = max(self._free, key=len, default=[])
+            self._free = [stretch for stretch in self._free if stretch and stretch is not self._own[worker]]
+        if not self._own[worker]:
+            longest = max(self._own.values(), key=len)
+            half = len(longest) // 2
+            self._own[worker], longest[half:] = longest[half:], []
+        return self._own[worker].pop(0)
+
+    def leave(self, worker: str, job: Job | None = None) -> None:
+        """Free the stretch of a worker that is gone, behind the job that it lost."""
+        self._free.append([*([] if job is None else [job]), *self._own.pop(worker, [])])
+
+
+class _Sweep:
+    """One sweep: which worker measures what, and what came of it."""
+
+    def __init__(self, client: Client, jobs: Sequence[Job], show: Callable[[str], None]) -> None:
+        self._client = client
+        self._waiting = _Waiting(jobs)
+        self._running: dict[Future, tuple[str, Job]] = {}  # with the worker
+        self._lost: Counter[str] = Counter()  # workers, by the key of what they measured
+        self._show, self._shown = show, ""
+
+    def records(self) -> Iterator[Record]:
+        """The records as they come. Whatever ends this early, cells that wait are never begun."""
+        from distributed import CancelledError
+
+        try:
+            while self._waiting or self._running:
+                workers = self._workers()
+                yield from self._recall(workers)
+                self._hand_out(workers)
+                for future in self._finished():
+                    yield from self._fetch(future)
+        except (OSError, CancelledError) as error:  # what Dask makes of a connection that broke
+            raise ExecutorError(f"the Dask scheduler is gone ({error}). The records that came back are kept") from error
+        finally:
+            if self._client.status == "running":
+                self._client.cancel(list(self._running), force=True)
+
+    def _workers(self) -> dict[str, Any]:
+        """What the scheduler knows of each worker that may measure, by address: those with a GPU where there is one."""
+        if self._client.status != "running":
+            raise OSError("the connection was lost")
+        # Not scheduler_info(): what it returns may be a copy kept from before, without any worker.
+        workers = self._client.sync(self._client.scheduler.identity, n_workers=-1)["workers"]
+        with_gpu = {address: about for address, about in workers.items() if about["resources"].get("GPU", 0) >= 1}
+        self._resources = {"GPU": 1} if with_gpu or torch.cuda.is_available() else {}
+        return with_gpu if self._resources else workers
+
+    def _recall(self, workers: dict[str, Any]) -> Iterator[Record]:
+        """Take back what workers that are gone were measuring; yields the records of cells given up."""
+        for future, (worker, job) in list(self._running.items()):
+            if worker not in workers:
+                self._client.cancel([future], force=True)
+                yield from self._lose(future, worker, job)
+
+    def _lose(self, future: Future, worker: str, job: Job) -> Iterator[Record]:
+        del self._running[future]
+        self._lost[job.key] += 1
+        given_up = self._lost[job.key] >= MOST_LOST
+        self._waiting.leave(worker, None if given_up else job)
+        if given_up:
+            yield _given_up(job)
+
+    def _hand_out(self, workers: dict[str, Any]) -> None:
+        """Give every idle worker its next cell, and show what runs."""
+        busy = {worker for worker, _ in self._running.values()}
+        for worker, about in workers.items():
+            if self._waiting and worker not in busy and about["status"] == "running":
+                job = self._waiting.take(worker)
+                self._running[self._submit(worker, job)] = (worker, job)
+        labels = [job.cell.label() for _, job in self._running.values()]
+        more = f", and {len(labels) - 1} more" if labels[1:] else ""
+        missing = "waiting for a worker" + (" with --resources GPU=1" if self._resources else "")
+        text = f"{labels[0]}{more}" if labels else missing
+        if text != self._shown:
+            self._show(text)
+            self._shown = text
+
+    def _submit(self, worker: str, job: Job) -> Future:
+        return self._client.submit(
+            _measure,
+            _Order.of(job),
+            key=f"{job.cell.paper}/{job.cell.experiment}-{job.key[:16]}-{self._lost[job.key]}",
+            workers=[worker],
+            resources=self._resources,
+            pure=False,
+        )
+
+    def _finished(self) -> list[Future]:
+        """Cells that are done, once there is one or it is time to look at the workers again."""
+        from distributed import TimeoutError, wait
+
+        if not self._running:
+            time.sleep(_POLL_S)
+            return []
+        try:
+            with self._client.as_current():  # the user may have a client of their own
+                return list(wait(list(self._running), timeout=_POLL_S, return_when="FIRST_COMPLETED").done)
+        except TimeoutError:
+            return []
+
+    def _fetch(self, future: Future) -> Iterator[Record]:
+        """The record of a cell that is done, or why there is none."""
+        from distributed import KilledWorker, TimeoutError
+
+        worker, job = self._running[future]
+        try:
+            line = future.result(timeout=_FETCH_S)
+        except TimeoutError:
+            return  # the worker went with its result: the next round takes the cell back
+        except KilledWorker:
+            yield from self._lose(future, worker, job)
+            return
+        except ExecutorError as error:
+            raise ExecutorError(f"the worker {worker} must not measure: {error}") from error
+        except Exception as error:  # whatever kept it from reading what it was sent
+            raise ExecutorError(
+                f"the worker {worker} cannot measure ({type(error).__name__}: {error}): start it in an environment "
+                "with this package and what it needs"
+            ) from error
+        del self._running[future]
+        yield Record.parse(line)
+
+
+def _given_up(job: Job) -> Record:
+    """The record of a cell that nobody lived to tell of; its provenance says nothing of a device."""
+    reason = (
+        f"{MOST_LOST} workers were lost while they measured it; their logs say more. Often the machine's memory is full"
+    )
+    about = provenance.describe(provenance.Meter(), job.code, measuring_module(job.run))
+    return Record(job.key, job.cell, Value(None, n=0), "error", reason, about)
+
+
+# --- the way to a worker, and there ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A job on its way to a worker, with what the worker has to have in common with this process.
+
+    Attributes:
+        cell: as in the job.
+        key: as in the job.
+        code: as in the job.
+        modules: where the measuring code begins.
+        own: measuring code outside the package, which travels with the function.
+        device: kind of device that this process computes on by default: cells hold the number format that follows.
+        named: which of ``model`` and ``data`` have, in this process, the sha256 in the cell under their name.
+        function: the measuring function, pickled; for a ``partial`` what it calls.
+        arguments: a partial's arguments, pickled one by one: what several cells share is unpickled once.
+        keywords: the same by name.
+    """
+
+    cell: Cell
+    key: str
+    code: str
+    modules: list[str]
+    own: str
+    device: str
+    named: list[str]
+    function: bytes
+    arguments: list[bytes]
+    keywords: dict[str, bytes]
+
+    @classmethod
+    def of(cls, job: Job) -> _Order:
+        """Pack a job.
+
+        Raises:
+            ExecutorError: its function cannot be pickled.
+        """
+        run = job.run if isinstance(job.run, functools.partial) else functools.partial(job.run)
+        modules, own = origin(job.run)
+        named = [
+            kind for kind, look_up in _lookups(job.cell).items() if look_up() == getattr(job.cell, f"{kind}_sha256")
+        ]
+        try:
+            with _by_value(measuring_module(job.run)):
+                function, arguments = _dumps(run.func), [_dumps(each) for each in run.args]
+                keywords = {name: _dumps(each) for name, each in run.keywords.items()}
+        except Exception as error:  # whatever an object's own pickling raises
+            raise ExecutorError(
+                f"{job.cell.label()}: what measures it cannot be sent to a worker ({type(error).__name__}: {error}); "
+                f"measure it with {LOCAL}"
+            ) from error
+        device = models.resolve_device().type
+        return cls(job.cell, job.key, job.code, modules, own, device, named, function, arguments, keywords)
+
+    def problem(self, threads: int) -> str | None:
+        """Why this process must not measure the cell, None if it may.
+
+        Args:
+            threads: cells that this process measures at a time.
+        """
+        if threads != 1:
+            return (
+                f"it measures {threads} cells at a time, which mixes their times and memory: start it with --nthreads 1"
+            )
+        if self.code != code_at_start().fingerprint(self.modules, self.cell.method, self.own):
+            return (
+                f"its code is not the client's ({', '.join(self.modules)}, {self.cell.method}): bring both to the same "
+                "commit, and start it anew, since it runs the code it began with"
+            )
+        if self.device != (here := models.resolve_device().type):
+            return (
+                f"it computes on {here} and the client on {self.device}, which the cells' number format follows: start "
+                "both with a GPU, or both with CUDA_VISIBLE_DEVICES= (empty)"
+            )
+        lookups = _lookups(self.cell)
+        for kind in self.named:
+            if lookups[kind]() != getattr(self.cell, f"{kind}_sha256"):
+                return f"its {kind} {getattr(self.cell, kind)!r} is not the client's: the sha256 differs"
+        return None
+
+    def unpack(self) -> functools.partial[Value]:
+        """The measuring function."""
+        keywords = {name: _loads(each) for name, each in self.keywords.items()}
+        return functools.partial(_loads(self.function), *map(_loads, self.arguments), **keywords)
+
+
+def _lookups(cell: Cell) -> dict[str, Callable[[], str]]:
+    """How to find the sha256 of what a cell names, ``model`` and ``data``, where a machine could have another one.
+
+    Names without a slash are the embedded model's, which is one file, or those of shapes and toys.
+    """
+    found: dict[str, Callable[[], str]] = {}
+    if "/" in cell.model:
+        found["model"] = lambda: models.identity(cell.model)
+    if cell.data in texts.names():
+        found["data"] = lambda: texts.load(cell.data).sha256
+    return found
+
+
+@contextmanager
+def _by_value(module: str) -> Iterator[None]:
+    """Pickle functions of a module outside the package with their code, as those of a notebook are in any case."""
+    import cloudpickle
+
+    if module == "__main__" or module not in sys.modules or module.partition(".")[0] == PACKAGE:
+        yield
+        return
+    cloudpickle.register_pickle_by_value(sys.modules[module])
+    try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[module])
+
+
+def _dumps(value: object) -> bytes:
+    import cloudpickle
+
+    return cloudpickle.dumps(value)
+
+
+@functools.lru_cache(maxsize=16)
+def _loads(data: bytes) -> Any:
+    """What was pickled; the same object for the next cell that has it, so that it keeps what it found out."""
+    import cloudpickle
+
+    return cloudpickle.loads(data)
+
+
+def _measure(order: _Order) -> str:
+    """On a worker: the line of a cell's record.
+
+    Raises:
+        ExecutorError: this worker must not measure it.
+    """
+    from distributed import get_worker
+
+    if problem := order.problem(get_worker().state.nthreads):
+        raise ExecutorError(problem)
+    record, _ = measured(order.cell, order.unpack(), order.key, order.code)
+    return record.line()

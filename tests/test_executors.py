@@ -1,0 +1,487 @@
+"""Sweeps on a Dask cluster of processes on this machine: the same records, lost workers, refusals, interrupts."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from book_project import make_project
+from distributed import Client, fire_and_forget
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_records import make_cell, write_package
+from test_tasks import Letters, data  # noqa: F401  (a fixture)
+from tiny import measure_tiny
+
+from kvrepro import executors, fingerprint, provenance, records, texts
+from kvrepro import experiments as package
+from kvrepro.book.build import run as run_notebook
+from kvrepro.evaluate import perplexity
+from kvrepro.executors import ExecutorError
+from kvrepro.experiments import tasks
+from kvrepro.records import Skip, Store, Value
+
+pytestmark = pytest.mark.timeout(120)
+ROOT = Path(__file__).resolve().parents[1]
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start a scheduler or a worker with this package on its path; all are ended with the module."""
+    folder = tmp_path_factory.mktemp("dask")
+    started: list[subprocess.Popen[bytes]] = []
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+    def run(program: str, *words: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"distributed.cli.dask_{program}", *words, "--no-dashboard"]
+        with (folder / f"{program}-{len(started)}.log").open("wb") as log:
+            started.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()  # a worker ends with the process that watches over it
+        process.wait()
+
+
+def start_scheduler(start: Start, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """A scheduler on the loopback address, and its address."""
+    file = folder / "scheduler.json"
+    process = start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
+    while not file.is_file():
+        assert process.poll() is None, "the scheduler ended"
+        time.sleep(0.05)
+    return process, json.loads(file.read_text())["address"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(start: Start, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A scheduler and two workers, each with a label where others have a GPU; the executor's name."""
+    _, address = start_scheduler(start, tmp_path_factory.mktemp("scheduler"))
+    for _ in range(2):
+        start("worker", address, "--nthreads", "1", "--resources", "GPU=1", "--memory-limit", "0")
+    with Client(address, set_as_default=False) as client:
+        client.wait_for_workers(2)
+        for worker in client.nthreads():  # slow: while the first tests run
+            fire_and_forget(client.submit(importlib.import_module, "kvrepro.executors", workers=[worker], key=worker))
+    return address.replace("tcp://", "dask://")
+
+
+@pytest.fixture
+def on_workers(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(executors.VARIABLE, cluster)
+
+
+# --- what is measured: functions that travel with their code
+
+
+def number(value: float) -> Value:
+    return Value(value, 0.5, n=3, extra={"pid": os.getpid()})
+
+
+def failing(error: Exception) -> Value:
+    raise error
+
+
+def huge() -> Value:
+    return Value(torch.empty(1 << 60).sum().item())
+
+
+def once(folder: Path, name: str) -> Value:
+    """Leave a mark at every try."""
+    with (folder / name).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    return Value(1.0)
+
+
+def deadly(folder: Path, name: str, times: int) -> Value:
+    """Take the worker down, so many times."""
+    once(folder, name)
+    if len((folder / name).read_text().split()) <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Value(2.0)
+
+
+def together(folder: Path, me: str, other: str) -> Value:
+    """End when another cell runs at the same time."""
+    (folder / me).touch()
+    while not (folder / other).exists():
+        time.sleep(0.01)
+    return Value(1.0, extra={"pid": os.getpid()})
+
+
+def until(path: Path) -> Value:
+    """Wait for a file."""
+    while not path.exists():
+        time.sleep(0.01)
+    return Value(1.0)
+
+
+def tries(folder: Path) -> dict[str, int]:
+    return {path.name: len(path.read_text().split()) for path in folder.iterdir()}
+
+
+def cells(*runs: Callable[[], Value], **params: Any) -> list[tuple[records.Cell, Callable[[], Value]]]:
+    return [(make_cell(seed=seed, params=params), run) for seed, run in enumerate(runs)]
+
+
+def pid(record: records.Record) -> int:
+    return record.value.extra["pid"]
+
+
+# --- refusals
+
+
+def order(run: Callable[[], Value], cell: records.Cell | None = None) -> executors._Order:
+    cell = cell or make_cell()
+    code = fingerprint.fingerprint(run, cell.method)
+    return executors._Order.of(executors.Job(cell, run, cell.key(code), code))
+
+
+def test_what_a_worker_may_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = texts.load("code")
+    run = partial(perplexity, None, None, "h2o")
+    good = order(run, make_cell(data="code", data_sha256=text.sha256))
+    assert (good.named, good.modules, good.own) == (["data"], ["kvrepro.evaluate"], "")
+    assert good.problem(1) is None
+    assert "--nthreads 1" in str(good.problem(2))
+    assert "same commit" in str(replace(good, code="0" * 64).problem(1))
+    assert "same commit" in str(replace(good, modules=["kvrepro.experiments.needle"]).problem(1))
+    assert "on cpu and the client on cuda" in str(replace(good, device="cuda").problem(1))
+    monkeypatch.setattr(texts, "load", lambda name: replace(text, sha256="other"))
+    assert "data 'code' is not the client's" in str(good.problem(1))
+    assert order(run, make_cell(data="code", data_sha256="made up")).named == []
+
+
+def test_a_worker_knows_the_code_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_package(tmp_path) / "methods" / "h2o.py"
+    index = partial(fingerprint.CodeIndex, path.parents[1], "demo", core=("slots",), harness=frozenset({"records"}))
+    monkeypatch.setattr(fingerprint, "CodeIndex", index)
+    fingerprint.code_at_start.cache_clear()
+    began = fingerprint.code_at_start()
+    path.write_text(path.read_text() + "changed = 1\n")
+    for method in ("h2o", "tova"):
+        same = began.fingerprint(["demo.late"], method) == index().fingerprint(["demo.late"], method)
+        assert same == (method == "tova")
+    assert fingerprint.code_at_start() is began
+    fingerprint.code_at_start.cache_clear()
+
+
+def test_what_cannot_be_sent_is_named() -> None:
+    with pytest.raises(ExecutorError, match=r"h2o budget=64 .*cannot be sent.*local"):
+        order(partial(number, threading.Lock()))
+
+
+@pytest.mark.parametrize("name", ["dask", "dask://", "dask://host", "tcp://host:1", "dask://a b:1", "ray://host:1"])
+def test_unknown_executors_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(executors.VARIABLE, name)
+    with pytest.raises(ValueError, match="local, or dask://HOST:PORT"):
+        Store(tmp_path).sweep(cells(partial(number, 1.0)), "title")
+
+
+def test_names_of_executors() -> None:
+    assert executors.scheduler("") is executors.scheduler("local") is None
+    assert executors.scheduler("dask://node-3.cluster:8786") == "tcp://node-3.cluster:8786"
+    assert executors.scheduler("dask://[::1]:8786") == "tcp://[::1]:8786"
+
+
+def test_local_needs_no_dask_and_the_cluster_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("dask", "distributed", "cloudpickle"):
+        monkeypatch.setitem(sys.modules, module, None)  # to import it is an error
+    runpy.run_path(str(executors.__file__))
+    assert Store(tmp_path).sweep(cells(partial(number, 1.0)), "title")[0].status == "ok"
+    monkeypatch.setenv(executors.VARIABLE, "dask://127.0.0.1:1")
+    with pytest.raises(ExecutorError, match=r"not installed here.*kvrepro\[dask\]"):
+        Store(tmp_path / "other").sweep(cells(partial(number, 1.0)), "title")
+
+
+def test_a_scheduler_that_is_not_there_or_goes(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "_CONNECT_S", 1)
+    monkeypatch.setenv(executors.VARIABLE, "dask://127.0.0.1:1")
+    with pytest.raises(ExecutorError, match="no Dask scheduler answers at tcp://127.0.0.1:1"):
+        executors.check()
+    process, address = start_scheduler(start, tmp_path)
+    monkeypatch.setenv(executors.VARIABLE, address.replace("tcp://", "dask://"))
+    executors.check()
+    start("worker", address, "--nthreads", "1")
+    shown: list[str] = []
+
+    def show(text: str) -> None:
+        shown.append(text)
+        if not text.startswith("waiting"):
+            process.kill()
+
+    job = executors.Job(make_cell(), partial(number, 1.0), "key", "code")
+    with pytest.raises(ExecutorError, match="scheduler is gone"):
+        list(executors.measure(address, [job], show))
+    assert shown == ["waiting for a worker", "h2o budget=64 window=128"]
+
+
+# --- who measures what
+
+
+@settings(max_examples=30)
+@given(jobs=st.integers(1, 40), turns=st.lists(st.integers(0, 5), max_size=80), gone=st.sets(st.integers(0, 4)))
+def test_every_job_is_handed_out_once_and_lost_ones_again(jobs: int, turns: list[int], gone: set[int]) -> None:
+    waiting, taken = executors._Waiting(list(range(jobs))), []  # type: ignore[arg-type]
+    for turn, worker in enumerate([*turns, *[9] * jobs]):
+        if not waiting:
+            break
+        job = waiting.take(str(worker))
+        if turn in gone:
+            waiting.leave(str(worker), job)
+        else:
+            taken.append(job)
+    while waiting:
+        taken.append(waiting.take("last"))
+    assert sorted(taken) == list(range(jobs))
+
+
+def test_a_worker_measures_neighbours() -> None:
+    waiting = executors._Waiting(list(range(12)))  # type: ignore[arg-type]
+    taken: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+    while waiting:
+        for worker in [each for each in taken if waiting]:
+            taken[worker].append(waiting.take(worker))  # type: ignore[arg-type]
+    assert sorted(sum(taken.values(), [])) == list(range(12))
+    jumps = sum(b - a != 1 for each in taken.values() for a, b in zip(each, each[1:], strict=False))
+    assert jumps <= 2  # in the order of the sweep, turn by turn, there would be nine
+
+
+# --- the experiments' own cells
+
+TEXT: dict[str, Any] = {"text": "code"}
+SMALL: dict[str, Any] = {**TEXT, "length": 64, "samples": 1}
+TASKS: dict[str, Any] = {"methods": ["full", "h2o"], "budget": 0.5, "samples": 1}
+READ: dict[str, Any] = {"context": 40, "continuation": 8}
+#: How each experiment is asked for little.
+ASKED: dict[str, dict[str, Any]] = {
+    "across.same_bytes": {**TEXT, **READ, "method": "h2o", "share": 0.5, "n": 1},
+    "across.reading_times": {**TEXT, "slots": {"h2o": 16}, "context": 40, "n": 1, "repeats": 1},
+    "curvature.alignment": {**SMALL, "layers": 1, "pairs": 4},
+    "curvature.closed_form": {**SMALL, "draws": 2, "layers": 1},
+    "kvmerger.similarity": {**SMALL, "layers": 1, "map_tokens": 16, "tokens": 32, "reach": 8},
+    "kvmerger.merging_sets": {**SMALL, "method": "kvmerger(budget_mode='threshold')", "budget": 0.5},
+    "kvmerger.ablations": {**TEXT, **READ, "methods": "kvmerger", "budget": 0.5, "samples": 1},
+    "kvslimmer.similarity": SMALL,
+    "kvslimmer.spectra": SMALL,
+    "kvslimmer.efficiency": {**TEXT, "methods": "h2o", "lengths": 40, "budget": 16, "chunk": 8, "repeats": 1},
+    "needle.needle": {
+        **{**TEXT, "methods": "h2o", "lengths": 64, "depths": 0.5, "budget": 0.5, "samples": 1, "question": "seen"}
+    },
+    "tasks.longbench": {**TASKS, "tasks": ["qasper", "zeroscrolls/qmsum"]},
+    "tasks.retrieval": {**TASKS, "tasks": ["niah_single", "madlibs1"], "length": 900},
+    "weightedkv.toy": {},
+    "weightedkv.spectra": {**TEXT, "n": 1, "length": 32},
+    "weightedkv.perplexity": {**TEXT, "method": "h2o", "budget": 16, "window": 32, "n_windows": 1},
+    "weightedkv.perplexity_in_pieces": {**TEXT, "method": "h2o", "budget": 16, "piece": 32, "n_pieces": 1},
+    "weightedkv.merge_or_evict": {**TEXT, "budget": 16, "length": 32, "n": 1},
+    "weightedkv.one_merge": {**TEXT, "n": 1, "step": 16, "following": 8},
+    "yardstick.errors": {**TEXT, **READ, "method": "h2o", "share": 0.5, "fit": 24, "n": 1},
+}
+
+
+def experiments() -> dict[str, Callable[..., list[records.Record]]]:
+    """Every function that sweeps, by module and name; those of ``speed`` stay here, ``targets`` reads."""
+    found = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            own = function.__module__ == module.__name__ and not name.startswith("_")
+            if (
+                own
+                and info.name not in ("speed", "targets")
+                and function.__annotations__.get("return") == "list[Record]"
+            ):
+                found[f"{info.name}.{name}"] = function
+    return found
+
+
+def test_every_experiment_is_asked() -> None:
+    assert set(ASKED) == set(experiments())
+
+
+@pytest.mark.parametrize("name", sorted(ASKED))
+@pytest.mark.usefixtures("data")
+def test_cells_of_experiments_can_be_sent(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_tiny(monkeypatch)
+    monkeypatch.setattr(tasks, "_tokenizer", lambda _: Letters())
+    sent: list[tuple[records.Cell, partial[Value]]] = []
+    monkeypatch.setattr(Store, "sweep", lambda self, cells, title: sent.extend(cells) or [])
+    model = {} if name == "weightedkv.toy" else {"model": "smollm2-135m"}
+    experiments()[name](**ASKED[name], **model)
+    assert sent
+    for cell, run in sent:
+        packed = order(run, cell)
+        assert packed.problem(1) is None
+        there = packed.unpack()
+        assert (there.func, repr(there.args), repr(there.keywords)) == (run.func, repr(run.args), repr(run.keywords))
+        if "hardware" in cell.params:
+            assert executors.names_this_machine(cell)
+        elif name in ("weightedkv.toy", "weightedkv.perplexity", "yardstick.errors", "across.same_bytes"):
+            values = [records.measured(cell, each, "key", "code")[0].value for each in (run, there)]
+            assert values[0] == values[1] and values[0].n
+
+
+# --- on the cluster
+
+
+def test_records_are_those_of_this_process(tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = 3.0
+    runs = [
+        partial(number, 1.5),
+        lambda: number(ours),  # a closure
+        partial(failing, Skip("needs a GPU")),
+        partial(failing, ValueError("wrong")),
+        partial(failing, MemoryError("no room")),
+        partial(number, float("nan")),
+        huge,
+    ]
+    here = Store(tmp_path / "here").sweep(cells(*runs), "here")
+    monkeypatch.setenv(executors.VARIABLE, cluster)
+    store = Store(tmp_path / "there")
+    there = store.sweep(cells(*runs), "there")
+    assert [record.status for record in there] == ["ok", "ok", "skipped", "error", "oom", "error", "oom"]
+    for a, b in zip(here, there, strict=True):
+        assert (a.key, a.cell, a.status) == (b.key, b.cell, b.status)
+        assert a.reason.rsplit(" (", 1)[0] == b.reason.rsplit(" (", 1)[0]  # code that travels has no file
+        assert (a.value.value, a.value.spread, a.value.n) == (b.value.value, b.value.spread, b.value.n)
+        assert set(a.provenance) == set(b.provenance)
+        assert all(a.provenance[name] == b.provenance[name] for name in ("code", "module", "commit", "device"))
+    assert pid(here[0]) == os.getpid() != pid(there[0])
+    assert store.touched == there
+    assert sorted(r.key for r in Store(tmp_path / "there").records()) == sorted(r.key for r in there)
+    monkeypatch.setenv(executors.VARIABLE, "dask://127.0.0.1:1")  # nobody there, and nobody needed
+    assert store.sweep(cells(*runs[:3]), "again") == there[:3]
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_workers_measure_at_the_same_time_and_progress_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = tmp_path / "progress"
+    monkeypatch.setenv("KVREPRO_PROGRESS", str(progress))
+    runs = [partial(together, tmp_path, "a", "b"), partial(together, tmp_path, "b", "a")]
+    found = Store(tmp_path / "records").sweep(cells(*runs), "title")
+    assert len({pid(record) for record in found}) == 2
+    steps = [json.loads(line) for line in progress.read_text().splitlines()]
+    assert [step["done"] for step in steps] == sorted(step["done"] for step in steps)
+    assert (steps[-1]["done"], steps[-1]["total"], steps[-1]["running"]) == (2, 2, "")
+    assert any(step["running"].endswith(", and 1 more") for step in steps)
+
+
+class Shared:
+    """What several cells are measured on, as prompts are: two of them are never equal."""
+
+    def __init__(self) -> None:
+        self.uses = 0
+
+    def use(self) -> Value:
+        self.uses += 1
+        return Value(float(self.uses), extra={"pid": os.getpid()})
+
+
+def use(shared: Shared, _: int) -> Value:
+    return shared.use()
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_what_cells_share_is_one_object_a_worker(tmp_path: Path) -> None:
+    shared = Shared()
+    found = Store(tmp_path).sweep(cells(*(partial(use, shared, i) for i in range(8))), "title")
+    seen = Counter(pid(record) for record in found)
+    for worker, n in seen.items():
+        assert sorted(r.value.value for r in found if pid(r) == worker) == list(range(1, n + 1))
+    assert sum(seen.values()) == 8 and len(seen) <= 2
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_cells_that_name_this_machine_are_measured_here(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    named = store.sweep(cells(partial(number, 1.0), hardware=provenance.device_name("cpu")), "timing")
+    other = store.sweep(cells(partial(number, 1.0), hardware="NVIDIA H100"), "elsewhere")
+    assert pid(named[0]) == os.getpid() != pid(other[0])
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_a_strict_store_raises_after_recording(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ValueError: wrong"):
+        Store(tmp_path, strict=True).sweep(cells(partial(failing, ValueError("wrong"))), "title")
+    assert [record.status for record in Store(tmp_path).records()] == ["error"]
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_an_interrupt_keeps_what_came_back_and_begins_nothing_more(tmp_path: Path) -> None:
+    marks, gate, path = tmp_path / "marks", tmp_path / "gate", tmp_path / "records" / "demo.jsonl"
+    marks.mkdir()
+
+    def interrupt() -> None:
+        while not (path.is_file() and path.stat().st_size):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    first = [partial(once, marks, "first"), partial(until, gate), partial(until, gate)]
+    rest = [partial(once, marks, f"rest {i}") for i in range(6)]
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        Store(path.parent).sweep(cells(first[0], first[1], *rest[:3], first[2], *rest[3:]), "title")
+    gate.touch()  # the workers end what they had begun
+    again = Store(path.parent)
+    kept = {record.cell.seed for record in again.records()}
+    began = len(tries(marks))
+    assert {record.status for record in again.records()} == {"ok"} and 0 in kept and len(kept) < 9
+    found = again.sweep(cells(first[0], first[1], *rest[:3], first[2], *rest[3:]), "again")
+    assert len(found) == 9 and {record.status for record in found} == {"ok"}
+    assert tries(marks)["first"] == 1 and began < 7
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_a_worker_with_other_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "fingerprint", lambda run, method: "0" * 64)  # as if this process had other code
+    with pytest.raises(ExecutorError, match="worker tcp://.* its code is not the client's .* same commit"):
+        Store(tmp_path).sweep(cells(partial(number, 1.0)), "title")
+    assert Store(tmp_path).records() == []
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_a_notebook_s_kernel_uses_the_workers(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "project")
+    run_notebook(project, "demo/sizes", {"size": 7})
+    page = next(project.runs.glob("*.ipynb"))
+    (record,) = records.read_records(page.with_suffix(".records.jsonl"))
+    assert record.value.value == 7.0 and record.provenance["module"] == "__main__"
+    stamp = json.loads(page.with_suffix(".stamp.json").read_text())
+    assert stamp["environment"]["device"].endswith("and a Dask cluster")
+
+
+# --- the last test: it takes the workers down
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_a_killed_worker_costs_its_own_cell_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "MOST_LOST", 2)
+    plain = [partial(once, tmp_path, f"plain {i}") for i in range(4)]
+    killed, poison = partial(deadly, tmp_path, "killed once", 1), partial(deadly, tmp_path, "poison", 99)
+    folder = tmp_path.with_name(f"{tmp_path.name}-records")
+    found = Store(folder).sweep(cells(killed, plain[0], poison, *plain[1:]), "title")
+    assert [record.status for record in found] == ["ok", "ok", "error", "ok", "ok", "ok"]
+    assert found[0].value.value == 2.0
+    assert "2 workers were lost" in found[2].reason and found[2].provenance["device"] == ""
+    assert tries(tmp_path) == {**{f"plain {i}": 1 for i in range(4)}, "killed once": 2, "poison": 2}
