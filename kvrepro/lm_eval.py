@@ -6,6 +6,7 @@ command ``lm_eval`` looks for no models outside its own package; ``kvrepro lm-ev
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -26,6 +27,8 @@ from tqdm import tqdm
 import kvrepro
 from kvrepro import methods, models
 from kvrepro.evaluate import _score as score  # `perplexity` cannot pass on SnapKV's option `window`
+
+logger = logging.getLogger(__name__)
 
 #: A request for a log-likelihood: (context, continuation), and the tokens of each.
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -64,8 +67,8 @@ class CompressedLM(HFLM):
             chunk: tokens read between compressions; None reads contexts and prompts in one pass, and texts whose
                 perplexity is asked for token by token.
             max_length: tokens read at most; None is what the model was made for. Longer contexts lose their beginning.
-            batch_size: rows side by side. Results do not depend on it.
-            device: device, or None for a GPU where there is one.
+            batch_size: rows side by side, 1 or more. Results do not depend on it, rounding aside.
+            device: device, or None (or ``cuda:0``, the command's default) for a GPU where there is one.
             dtype: name of a torch dtype, or None for bfloat16 on a GPU, else float32.
             **options: the method's options.
 
@@ -73,12 +76,15 @@ class CompressedLM(HFLM):
             ValueError: an unknown method or option, a budget that leaves no room, a batch size that is no number.
         """
         methods.create(method, **options)
-        if not str(batch_size).isdecimal():
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(
                 f"batch_size={batch_size} is not valid; give the number of rows that are read side by side"
             )
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk={chunk} is not valid; give 1 or more tokens")
+        if device == "cuda:0" and not torch.cuda.is_available():  # what the command asks for where nobody said anything
+            logger.warning("no GPU here: the model goes to the CPU")
+            device = None
         model, tokenizer = kvrepro.load_model(pretrained, device=device, dtype=dtype)
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
@@ -87,12 +93,25 @@ class CompressedLM(HFLM):
         self._method, self._budget, self._options, self._chunk = method, budget, options, chunk
         self._new_cache()
 
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> CompressedLM:
+        """The model of ``--model_args``, which may also name what the harness has options for, such as the device."""
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**(given | arg_dict))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> CompressedLM:
+        """As `create_from_arg_obj`, from ``"method=h2o,budget=256"``."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
     def _new_cache(self) -> kvrepro.CompressedCache:
         return kvrepro.make_cache(self.model, self._method, self._budget, **self._options)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness's results say of the model; the hash is that of kvrepro's records."""
-        return super().get_model_info() | {"model_sha": models.identity(self._name)}
+        return super().get_model_info() | {"model_sha": models.model_identity(self.model, self._name)[1]}
 
     # --- log-likelihoods
 

@@ -21,6 +21,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import kvrepro
+from kvrepro import models
 from kvrepro.cli import main
 from kvrepro.lm_eval import CompressedLM
 
@@ -241,6 +242,7 @@ def test_sampling_is_as_asked(model: Callable[..., CompressedLM]) -> None:
         ({"method": "h3o"}, "weightedkv"),
         ({"method": "streaming_llm", "budget": 2}, "raise the budget"),
         ({"batch_size": "auto"}, "give the number of rows"),
+        ({"batch_size": 0}, "give the number of rows"),
         ({"chunk": 0}, "1 or more"),
         ({"dtype": "auto"}, "bfloat16"),
     ],
@@ -248,6 +250,17 @@ def test_sampling_is_as_asked(model: Callable[..., CompressedLM]) -> None:
 def test_bad_arguments_say_what_is_valid(model: Callable[..., CompressedLM], args: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model(**args)
+
+
+def test_arguments_of_the_model_win_over_the_harness_s_own(folder: Path) -> None:
+    harness = {"batch_size": 1, "max_batch_size": None, "device": "cuda:7"}
+    given = f"pretrained={folder},method=h2o,budget=0.25,device=cpu,batch_size=3"
+    lm = CompressedLM.create_from_arg_string(given, harness)
+    assert (lm.batch_size, lm.device.type) == (3, "cpu")
+    assert lm._new_cache().budget == 0.25
+    assert lm.get_model_info()["model_sha"] == models.identity(str(folder))
+    slots = CompressedLM.create_from_arg_string(given.replace("0.25", "16"), harness)._new_cache().budget
+    assert slots == 16 and isinstance(slots, int)
 
 
 def test_a_continuation_longer_than_the_window(model: Callable[..., CompressedLM]) -> None:
@@ -266,11 +279,12 @@ def command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 def test_the_command(
     folder: Path, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The harness reads its own 13,000 tasks otherwise.
+    # The harness reads the thousands of files of its own tasks otherwise.
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False))
     given = f"pretrained={folder},method=weightedkv,budget=0.75,sinks=1,recent=1,max_length={MAX_LENGTH}"
     words = ["--model", "kvrepro", "--model_args", given, "--tasks", "kv_choice", "--include_path", str(tasks)]
-    assert command([*words, "--device", "cpu", "--batch_size", "4"], monkeypatch) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command([*words, "--batch_size", "4"], monkeypatch) == 0
     assert "|kv_choice|" in capsys.readouterr().out
     words[3] = f"pretrained={folder},method=weightedkv,sigma=3.0"
     assert command(words, monkeypatch) == 2
