@@ -172,6 +172,17 @@ def ledger_command(paper: str | None, as_json: bool) -> None:
     click.echo(", ".join(f"{number} {verdict}" for verdict, number in counts(entries).items()))
 
 
+@cli.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval_command(arguments: tuple[str, ...]) -> None:
+    """Run lm-evaluation-harness's command lm_eval, which then knows a model kvrepro; all ARGUMENTS are its own."""
+    try:
+        from kvrepro.lm_eval import main as harness  # an extra, and slow to import
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}: pip install 'kvrepro[lm-eval]'") from error
+    harness(arguments)
+
+
 def _print_comparison(found: Comparison, a: Path, b: Path, show_all: bool) -> None:
     shown = found.pairs if show_all else found.disagreements
     if shown:
