@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from book_project import ROOT, make_project
 from kvrepro import fingerprint, plots, rules
 from kvrepro.book import Project
 from kvrepro.book.ledger_page import ledger_page
-from kvrepro.book.pages import published_table
+from kvrepro.book.pages import published_table, variants_table
 from kvrepro.book.parameters import check, defaults, parse
 from kvrepro.cli import cli, main
 from kvrepro.experiments import across
@@ -475,6 +476,8 @@ class TestRealLedger:
 
     def test_page(self, entries: list[Entry]) -> None:
         page = ledger_page(entries)
+        assert ", [as published](published/" not in page
+        assert "(published/across/same_bytes.ipynb)" in ledger_page(entries, ["across/same_bytes"])
         assert all(entry.claim.text in page for entry in entries)
         assert all(f"### {name.replace('_', ' ')}\n" in page for name in RULES)
         assert "come from a paper's own model" in page
@@ -506,6 +509,21 @@ def test_published_records_by_state(tmp_path: Path) -> None:
     table = published_table([here, record(value=1.0, stale=True), foreign, record(data="code")], [notebook])
     assert table.splitlines()[2] == "| p/e | 4 | 1 | 1 | `cccccccccccc` | CPU |"
     assert "Other code" in table and len(published()) > 0
+
+
+def test_variants_table_counts_wins_and_losses() -> None:
+    def of(label: str, kl: list[float], share: float) -> Record:
+        made = record(label, extra={"kl": kl}, share=share)
+        return replace(made, cell=replace(made.cell, experiment="same_bytes"))
+
+    released = "kvslimmer(variant='released')"
+    base = [of("kvslimmer", [1.0, 1.1, 1.0], share) for share in (0.5, 0.25, 0.125)]
+    other = [
+        of(released, kl, s) for kl, s in (([0.5, 0.6, 0.5], 0.5), ([1.0, 1.0, 1.1], 0.25), ([3.0, 3.1, 3.0], 0.125))
+    ]
+    table = variants_table([*base, *other])
+    assert "| 3 shares | \N{MINUS SIGN}0.5 " in table and "(0.5) to 2 " in table and table.endswith("| 1 | 1 |\n")
+    assert variants_table(base).startswith("No published record")
 
 
 def test_pages_say_how_many_of_their_records_are_of_other_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from kvrepro.book.pages import BADGES, code, markdown_table, wide
 from kvrepro.ledger import PAPERS, Claim, Entry, counts, ledger
@@ -42,16 +42,17 @@ else the newest. A record counts once it is in `results/published/`.
 """
 
 
-def ledger_page(entries: Sequence[Entry] | None = None) -> str:
+def ledger_page(entries: Sequence[Entry] | None = None, published: Collection[str] = ()) -> str:
     """The page.
 
     Args:
         entries: claims with their verdicts; the package's own by default.
+        published: notebooks that have a published page.
     """
     entries = ledger() if entries is None else entries
     parts = [_INTRO, _whose_model(entries), "## Summary\n", _summary(entries), _state(entries)]
     for paper in PAPERS:
-        rows = [_row(entry) for entry in entries if entry.claim.paper == paper]
+        rows = [_row(entry, entry.claim.page in published) for entry in entries if entry.claim.paper == paper]
         header = ["Claim", "Paper", "Here", "Verdict, by rule"]
         parts += [f"## {paper}\n", wide(markdown_table(header, rows), "ledger")]
     return "\n".join([*parts, _RULES + _rules()])
@@ -100,21 +101,22 @@ def _state(entries: Sequence[Entry]) -> str:
     )
 
 
-def _row(entry: Entry) -> list[str]:
+def _row(entry: Entry, published: bool) -> list[str]:
     claim = entry.claim
     about = f"{claim.text}<br>{claim.where} {{bdg-{BADGES[claim.source]}}}`{claim.source}`"
     if claim.caveat:
         about += f"<br>*Differs:* {claim.caveat}"
-    return [about + _folded(entry), _paper(claim), _here(entry), _verdict(entry)]
+    return [about + _folded(entry, published), _paper(claim), _here(entry), _verdict(entry)]
 
 
-def _folded(entry: Entry) -> str:
-    """What few readers want to see: the command, the page and the records."""
+def _folded(entry: Entry, published: bool) -> str:
+    """What few readers want to see: the command, the pages and the records."""
     claim, records = entry.claim, entry.judged.records
     command = code(claim.command) if claim.command else "no command yet"
     lines = [f"With the paper's own model: {command}"]
     if claim.page:
-        lines.append(f"[Measured on this page](results/{claim.page}.ipynb)")
+        page = f"[Measured on this page](results/{claim.page}.ipynb)"
+        lines.append(page + (f", [as published](published/{claim.page}.ipynb)" if published else ""))
     if records:
         commits = ", ".join(sorted({(record.provenance.get("commit") or "none")[:8] for record in records}))
         devices = ", ".join(sorted({str(record.provenance.get("device")) for record in records}))

@@ -17,6 +17,7 @@ from kvrepro.book.project import PROFILES, Notebook, Project
 from kvrepro.book.stamps import Stamp
 from kvrepro.ledger import current, published
 from kvrepro.records import Record, read_records
+from kvrepro.rules import RULES, Missing
 
 BADGES = {"paper": "primary", "code": "primary-line", "second-hand": "warning", "ours": "success"}
 _GLUE = re.compile(r"\{glue:text\}`[^`:]*?results/([^`:]+)\.ipynb::([^`:]+):([^`]*)`")
@@ -80,12 +81,37 @@ def profiles_table(notebooks: Sequence[Notebook], profile: str) -> str:
     return markdown_table(["Notebook", f"Changed by `{profile}`"], rows)
 
 
+def variants_table(records: Sequence[Record]) -> str:
+    """KVSlimmer as its code has it against KVSlimmer as printed, where both were measured on the same texts.
+
+    Args:
+        records: published ones.
+    """
+    rows = []
+    for name, experiment, samples, each, better in (
+        ("Divergence from the full cache, one shot", "same_bytes", "kl", "share", -1),
+        ("Log-likelihood of LongBench's answers, in chunks", "longbench", "loglik", "task", 1),
+    ):
+        own = [r for r in records if r.cell.experiment == experiment and samples in r.value.extra]
+        given = {"of": "kvslimmer(variant='released')", "against": ["kvslimmer"], "samples": samples, "each": each}
+        try:
+            found = sorted(RULES["difference"].judge(own, None, **given).comparisons, key=lambda c: c.mean)
+        except Missing:
+            continue
+        span = " to ".join(f"{c} ({c.name.partition(f'{each} ')[2]})" for c in (found[0], found[-1]))
+        wins, losses = (sum(c.sign() == sign for c in found) for sign in (better, -better))
+        rows.append([name, f"{len(found)} {each}s", span, str(wins), str(losses)])
+    header = ["Measure", "At", "Released minus paper, nats per token", "Released is better in", "Worse in"]
+    return markdown_table(header, rows) if rows else "No published record compares the two.\n"
+
+
 def write_generated(project: Project, notebooks: Sequence[Notebook]) -> None:
     """Write the tables that the chapters include, under ``book/_generated``."""
     folder = project.book / "_generated"
     for name in methods.names():
         write_if_changed(folder / "options" / f"{name}.md", options_table(name))
     write_if_changed(folder / "methods.md", methods_table())
+    write_if_changed(folder / "variants.md", variants_table(published()))
     write_if_changed(folder / "notebooks.md", notebooks_table(notebooks))
     profiles = [f"### {name}\n\n{about}.\n\n{profiles_table(notebooks, name)}\n" for name, about in PROFILES.items()]
     write_if_changed(folder / "profiles.md", "".join(profiles))

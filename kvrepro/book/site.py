@@ -105,7 +105,8 @@ def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> 
     write_if_changed(project.book / "_generated" / "machine.md", summary(found, "compare.md") + "\n")
     write_if_changed(project.book / "compare.md", compare_page(found, {nb.name: nb.title for nb in notebooks}))
     write_if_changed(project.book / "status.md", status_page(project, notebooks, summary(found, "compare.md")))
-    write_if_changed(project.book / "ledger.md", ledger_page())
+    shown_as_published = [notebook.name for notebook in published_notebooks(project, notebooks)]
+    write_if_changed(project.book / "ledger.md", ledger_page(published=shown_as_published))
     return missing
 
 
