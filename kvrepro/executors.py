@@ -1,6 +1,7 @@
 """Where the cells of a sweep are measured: in this process, or by the workers of a Dask cluster.
 
-``KVREPRO_EXECUTOR`` says which: ``local``, the default, which needs no Dask, or ``dask://HOST:PORT``, a scheduler. This
+``KVREPRO_EXECUTOR`` says which: ``local``, the default, which needs no Dask, or ``dask://HOST:PORT``, a scheduler
+(``stored`` forbids measuring). With a scheduler, this
 process then hands the cells out, one at a time to each worker, and gets their records back: workers need the package
 and the data, but no folder in common. Cells that name this machine's hardware, as timings do, are measured here.
 """
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 VARIABLE = "KVREPRO_EXECUTOR"
 LOCAL = "local"
+#: Nobody measures: what is not stored is an error.
+STORED = "stored"
 #: Workers that a cell may lose before it is recorded as an error.
 MOST_LOST = 3
 _POLL_S = 0.5
@@ -58,19 +61,19 @@ class Job:
 
 
 def scheduler(name: str | None = None) -> str | None:
-    """Address of the scheduler whose workers measure, as Dask writes it; None where this process does.
+    """Address of the scheduler whose workers measure, as Dask writes it; None where this process does, or nobody.
 
     Args:
-        name: ``local`` or ``dask://HOST:PORT``; what ``KVREPRO_EXECUTOR`` says by default.
+        name: ``local``, ``stored`` or ``dask://HOST:PORT``; what ``KVREPRO_EXECUTOR`` says by default.
 
     Raises:
-        ValueError: neither of the two.
+        ValueError: none of them.
     """
     name = os.environ.get(VARIABLE, "") if name is None else name
-    if name in ("", LOCAL):
+    if name in ("", LOCAL, STORED):
         return None
     if not re.fullmatch(r"dask://(\[[0-9a-fA-F:]+\]|[^\s/:]+):\d+", name):
-        raise ValueError(f"{name!r} is no executor: write {LOCAL}, or dask://HOST:PORT for a Dask scheduler")
+        raise ValueError(f"{name!r} is no executor: write {LOCAL}, {STORED}, or dask://HOST:PORT for a Dask scheduler")
     return name.replace("dask://", "tcp://")
 
 

@@ -472,9 +472,16 @@ class Store:
 
         Raises:
             RuntimeError: a cell failed, and the store is strict.
+            StoreError: nothing may be measured.
         """
         from kvrepro import executors  # imports this module
 
+        if pending and os.environ.get(executors.VARIABLE) == executors.STORED:
+            first = next(iter(pending.values()))[0]
+            raise StoreError(
+                f"{len(pending)} values are not stored, and {executors.VARIABLE}={executors.STORED} forbids measuring: "
+                f"{first.paper}/{first.experiment} {first.label()}"
+            )
         address = executors.scheduler()
         if address is None:
             return {}

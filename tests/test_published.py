@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from book_project import make_project
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from kvrepro.book import BookError, Project
+from kvrepro.book.build import build, run
 from kvrepro.book.execute import cell_id
-from kvrepro.book.published import PROFILE, keep, kept, link, merged, shown, stage_published
+from kvrepro.book.published import PROFILE, draw, keep, kept, link, merged, shown, stage_published
 from kvrepro.book.site import check_toc
 from kvrepro.book.stamps import Stamp, source_hash
 from kvrepro.experiments import across
@@ -93,6 +95,33 @@ class TestKeep:
         assert not (project.root / "results/published").exists()
 
 
+class TestDraw:
+    def test_from_the_published_records(self, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("KVREPRO_COMMIT", "c" * 40)
+        monkeypatch.setenv("KVREPRO_RESULTS", str(project.root / "results" / "local"))
+        sizes = project.select(["sizes"])[0]
+        with pytest.raises(BookError, match="demo/sizes is not drawn: StoreError: 1 values are not stored"):
+            draw(project, ["sizes"])
+        assert not kept(project, sizes).exists()
+        build(project, "smoke", ["sizes"], site=False)
+        (project.root / "results/published").mkdir(parents=True)
+        sizes_of_gpu = replace(Stamp.read(sizes.stamp), profile=PROFILE)
+        sizes_of_gpu.write(sizes.stamp)
+        assert [r.value.value for r in keep(project)[1]] == [2.0]  # the smoke profile's size
+        with pytest.raises(BookError, match="not stored"):  # the gpu profile's is 3
+            draw(project, ["sizes"])
+        run(project, "sizes", {"size": 3}, "smoke")
+        write_records(
+            project.root / "results/published/demo.jsonl", read_records(project.root / "results/local/demo.jsonl")
+        )
+        assert draw(project, ["sizes"]) == ["demo/sizes"]
+        stamp = Stamp.read(kept(project, sizes).with_suffix(".stamp.json"))
+        assert stamp.profile == PROFILE and stamp.source == source_hash(sizes.source)
+        assert stamp.records == [r.key for r in read_records(project.root / "results/local/demo.jsonl")][-1:]
+        assert "value 3.0" in kept(project, sizes).read_text()
+        assert os.environ["KVREPRO_RESULTS"] == str(project.root / "results" / "local")
+
+
 class TestMerged:
     def test_one_a_cell_the_present_code_first(self) -> None:
         old, new = record(1, 1.0, day=1), record(1, 2.0, day=3, stale=True)
@@ -132,7 +161,7 @@ class TestStage:
         ]
         assert cells[3].source == "(published-part)=\n## Part"
         assert len(cells) == 5 and "/results/published/demo.jsonl" in cells[4].source
-        assert about.startswith(":::{note}") and "A GPU, commit `cccccccccccc`, 2026-01-02" in about
+        assert about.startswith(":::{note}") and "measured on GPU (commit `cccccccc`)" in about
         for target in ("../../results/demo/words.ipynb",):
             assert target in about
         assert "(../../published/demo/words.ipynb)" in link(project, project.select(["words"])[0])

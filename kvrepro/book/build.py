@@ -165,15 +165,22 @@ def _run_all(project: Project, tasks: Sequence[_Task], profile: str, sources: So
         for task in tasks:
             with reporter.running(task.notebook.name, task.why):
                 outcome = execute(project, task.notebook, task.parameters, reporter.feed)
-                _keep(task, outcome, profile, sources)
+                keep(task.notebook, task.parameters, outcome, profile, sources)
             failure = _failure(task.notebook)
             took = duration(outcome.seconds)
             reporter.say(f"      FAILED after {took}: {failure}" if failure else f"      done in {took}")
 
 
-def _keep(task: _Task, outcome: Outcome, profile: str, sources: Sources) -> None:
-    """Put an executed notebook and its records in place; the stamp comes last, a page without one counts as not run."""
-    notebook = task.notebook
+def keep(notebook: Notebook, parameters: Mapping[str, Any], outcome: Outcome, profile: str, sources: Sources) -> None:
+    """Put an executed notebook and its records in place; the stamp comes last, a page without one counts as not run.
+
+    Args:
+        notebook: says where its page goes.
+        parameters: what it was run with.
+        outcome: what came of it.
+        profile: the profile it was run for, empty for a run with parameters of one's own.
+        sources: the package as it was.
+    """
     notebook.stamp.unlink(missing_ok=True)
     if profile:
         downloads(outcome.notebook, notebook, bool(outcome.records))
@@ -184,7 +191,7 @@ def _keep(task: _Task, outcome: Outcome, profile: str, sources: Sources) -> None
     used = sorted({record.cell.method for record in outcome.records})
     Stamp(
         profile=profile,
-        parameters=plain(task.parameters),
+        parameters=plain(parameters),
         source=source_hash(notebook.source),
         code=sources.code(notebook.source, used),
         methods=used,

@@ -1,24 +1,33 @@
 """The published pages: the notebooks as they ran on the project's GPU, beside those of the reader's machine.
 
 ``python -m kvrepro.book.published`` keeps the pages of a build with the ``gpu`` profile, and their records, in
-``results/published``, from where every build puts them into the book.
+``results/published``, from where every build puts them into the book. With ``--draw`` it runs the notebooks that are
+named again on the published records: the figures and texts are new, nothing is measured, and no GPU is needed.
 """
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
-from kvrepro.book.execute import cell_id, note
+from kvrepro.book.execute import cell_id, execute, note
 from kvrepro.book.files import write_if_changed
+from kvrepro.book.pages import code
+from kvrepro.book.parameters import check, defaults
 from kvrepro.book.project import BookError, Notebook, Project
-from kvrepro.book.stamps import Stamp, source_hash
+from kvrepro.book.stamps import Sources, Stamp, source_hash
+from kvrepro.executors import STORED, VARIABLE
 from kvrepro.ledger import current, newest
 from kvrepro.records import Record, read_records, write_records
 
@@ -85,6 +94,51 @@ def keep(project: Project, names: Sequence[str] = ()) -> tuple[list[str], list[R
     for paper in sorted({record.cell.paper for record in every}):
         write_records(folder(project) / f"{paper}.jsonl", [record for record in every if record.cell.paper == paper])
     return [notebook.name for notebook in pages], every
+
+
+def draw(project: Project, names: Sequence[str]) -> list[str]:
+    """Run published notebooks again, as they are now, on the published records; nothing is measured.
+
+    Args:
+        project: the checkout, without changes.
+        names: the notebooks; the texts they read must be on this machine.
+
+    Returns:
+        The pages drawn.
+
+    Raises:
+        BookError: a value is not among the published records, or the tree has changes that nobody else has.
+    """
+    from kvrepro.book.build import keep as keep_page  # the build stages these pages
+
+    sources, drawn = Sources(), []
+    for notebook in project.select(names):
+        target = replace(notebook, page=kept(project, notebook))
+        parameters = check(notebook.name, defaults(notebook.source), notebook.parameters(PROFILE))
+        with tempfile.TemporaryDirectory(prefix="kvrepro-") as results:
+            for path in folder(project).glob("*.jsonl"):
+                shutil.copy(path, results)
+            with _environment(KVREPRO_RESULTS=results, **{VARIABLE: STORED}):
+                outcome = execute(project, notebook, parameters, None)
+        if outcome.failure or outcome.environment.get("dirty"):
+            raise BookError(f"{notebook.name} is not drawn: {outcome.failure or 'commit the changes first'}")
+        keep_page(target, parameters, outcome, PROFILE, sources)
+        target.records.unlink(missing_ok=True)  # they are in the files of all records
+        drawn.append(notebook.name)
+    return drawn
+
+
+@contextmanager
+def _environment(**changes: str) -> Iterator[None]:
+    saved = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def merged(there: Iterable[Record], more: Iterable[Record]) -> list[Record]:
@@ -162,13 +216,14 @@ def _rename(page: NotebookNode, title: str, name: str) -> None:
 
 def _about(notebook: Notebook, stamp: Stamp, known: dict[str, Record]) -> tuple[str, str]:
     """Kind and text of the note on a published page."""
-    where = stamp.environment
+    records = [known[key] for key in stamp.records if key in known]
+    devices = sorted({str(record.provenance.get("device")) for record in records})
+    commits = sorted({str(record.provenance.get("commit"))[:8] for record in records})
     text = (
-        f"**Published run**: the profile `{stamp.profile}` on {where.get('device', 'an unknown device')}, commit "
-        f"`{str(where.get('commit'))[:12]}`, {str(where.get('date', ''))[:10]}. "
+        f"**Published**: the profile `{stamp.profile}`, measured on {', '.join(devices) or 'an unknown device'} "
+        f"(commit {', '.join(map(code, commits)) or 'unknown'}). "
         f"[The same page as your machine made it]({_UP}results/{notebook.name}.ipynb)."
     )
-    records = [known[key] for key in stamp.records if key in known]
     gone, stale = len(stamp.records) - len(records), sum(not current(record) for record in records)
     reasons = [
         f"{stale} of its {len(stamp.records)} values were measured by other code than is here now" if stale else "",
@@ -198,8 +253,15 @@ def _sources(notebook: Notebook) -> NotebookNode:
     return nbformat.v4.new_markdown_cell(text, id=cell_id("published", 0))
 
 
-if __name__ == "__main__":
-    import sys
-
-    pages, every = keep(Project.find(), sys.argv[1:])
+def main(arguments: Sequence[str]) -> None:
+    """Keep the pages of the build, or draw those named again."""
+    project, names = Project.find(), [word for word in arguments if word != "--draw"]
+    if "--draw" in arguments:
+        print(f"drawn again: {', '.join(draw(project, names))}")
+        return
+    pages, every = keep(project, names)
     print(f"{len(pages)} pages and {len(every)} records are published: {', '.join(pages)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
