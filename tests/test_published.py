@@ -46,7 +46,7 @@ def ran(project: Project, **changes: object) -> Stamp:
     said = new_output("display_data", data={"text/markdown": "See [sizes](sizes.ipynb) and [below](#part)."})
     cells = [
         new_markdown_cell("# Words\n\nSee [sizes](../demo/sizes.ipynb), [the ledger](../../ledger.md), [part](#part)."),
-        new_code_cell("print()", outputs=[glued, said]),
+        new_code_cell("print()", outputs=[glued, said, new_output("stream", name="stderr", text="noise")]),
         new_markdown_cell("(part)=\n## Part"),
         new_markdown_cell("links", id=cell_id("downloads", 0)),
     ]

@@ -192,7 +192,7 @@ def _published(project: Project) -> list[Record]:
 
 
 def _rename(page: NotebookNode, title: str, name: str) -> None:
-    """Give a page its own title and labels, and take out what only the reader's own page may have: glue and links."""
+    """Give a page its own title and labels, and take out what only the reader's own page may have."""
     page.cells = [cell for cell in page.cells if cell.get("id") != cell_id("downloads", 0)]
     labels = {label for cell in page.cells if cell.cell_type == "markdown" for label in _LABEL.findall(cell.source)}
 
@@ -207,11 +207,16 @@ def _rename(page: NotebookNode, title: str, name: str) -> None:
         if cell.cell_type == "markdown":
             cell["source"] = own(cell.source)
             continue
-        cell["outputs"] = [output for output in cell.outputs if "scrapbook" not in output.get("metadata", {})]
+        cell["outputs"] = [output for output in cell.outputs if _belongs(output)]
         for output in cell.outputs:
             if "text/markdown" in output.get("data", {}):
                 output["data"]["text/markdown"] = own(output["data"]["text/markdown"])
     page.cells[0]["source"] = re.sub(r"\A# .*", f"# {title}", page.cells[0].source)
+
+
+def _belongs(output: NotebookNode) -> bool:
+    """Whether an output is for readers: neither glue nor what another machine's libraries logged."""
+    return "scrapbook" not in output.get("metadata", {}) and output.get("name") != "stderr"
 
 
 def _about(notebook: Notebook, stamp: Stamp, known: dict[str, Record]) -> tuple[str, str]:
