@@ -102,7 +102,8 @@ executor_option = click.option(
     show_default=True,
     expose_value=False,
     callback=_choose,
-    help=f"Who measures: {executors.LOCAL}, or the workers of a Dask scheduler, dask://HOST:PORT.",
+    help=f"Who measures: {executors.LOCAL}, the workers of a Dask scheduler, dask://HOST:PORT, or nobody: "
+    f"{executors.STORED} shows what is stored.",
 )
 
 
