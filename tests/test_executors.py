@@ -36,7 +36,7 @@ from kvrepro.book.build import run as run_notebook
 from kvrepro.evaluate import perplexity
 from kvrepro.executors import ExecutorError
 from kvrepro.experiments import tasks
-from kvrepro.records import Skip, Store, Value
+from kvrepro.records import Skip, Store, StoreError, Value
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,14 +194,25 @@ def test_what_cannot_be_sent_is_named() -> None:
 @pytest.mark.parametrize("name", ["dask", "dask://", "dask://host", "tcp://host:1", "dask://a b:1", "ray://host:1"])
 def test_unknown_executors_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(executors.VARIABLE, name)
-    with pytest.raises(ValueError, match="local, or dask://HOST:PORT"):
+    with pytest.raises(ValueError, match="local, stored, or dask://HOST:PORT"):
         Store(tmp_path).sweep(cells(partial(number, 1.0)), "title")
 
 
 def test_names_of_executors() -> None:
-    assert executors.scheduler("") is executors.scheduler("local") is None
+    assert executors.scheduler("") is executors.scheduler("local") is executors.scheduler("stored") is None
     assert executors.scheduler("dask://node-3.cluster:8786") == "tcp://node-3.cluster:8786"
     assert executors.scheduler("dask://[::1]:8786") == "tcp://[::1]:8786"
+
+
+def test_stored_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = cells(partial(number, 1.0))
+    monkeypatch.setenv(executors.VARIABLE, executors.STORED)
+    with pytest.raises(StoreError, match=f"{len(wanted)} values are not stored, and KVREPRO_EXECUTOR=stored forbids"):
+        Store(tmp_path).sweep(wanted, "title")
+    monkeypatch.delenv(executors.VARIABLE)
+    there = Store(tmp_path).sweep(wanted, "title")
+    monkeypatch.setenv(executors.VARIABLE, executors.STORED)
+    assert Store(tmp_path).sweep(wanted, "title") == there
 
 
 def test_local_needs_no_dask_and_the_cluster_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
