@@ -162,7 +162,7 @@ class TestRunAndBuild:
     @pytest.mark.parametrize("words", [("run", "demo/sizes"), ("build",), ("eval", "needle", "h2o"), ("eval", "ruler")])
     def test_executors(self, kv: Any, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
         code, _, err = kv(*words, "--executor", "dask://nowhere")
-        assert code == 2 and "write local, or dask://HOST:PORT" in err
+        assert code == 2 and "write local, stored, or dask://HOST:PORT" in err
         monkeypatch.setenv("KVREPRO_EXECUTOR", "ray://host:1")
         assert kv(*words)[0] == 2
 
