@@ -30,7 +30,7 @@ from kvrepro.doctor import find_browser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = toc_files(Project(ROOT))
-WRITTEN = ("results", "_generated", "status.md", "compare.md")
+WRITTEN = ("results", "published", "_generated", "status.md", "compare.md")
 GENERATED = shutil.ignore_patterns(*WRITTEN, "__pycache__", ".ipynb_checkpoints")
 LOCAL_SCHEMES = ("data", "blob", "about", "chrome", "devtools")
 
@@ -59,6 +59,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
     root = tmp_path_factory.mktemp("checkout").resolve()
     for folder in ("notebooks", "book"):
         shutil.copytree(ROOT / folder, root / folder, ignore=GENERATED)
+    shutil.copytree(ROOT / "results" / "published", root / "results" / "published")
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, root)
     environment = {
