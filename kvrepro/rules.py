@@ -438,9 +438,12 @@ def change(
         if measure == "value" and None not in spreads:
             error = 100 * x / y * math.hypot(float(spreads[0] or 0) / x, float(spreads[1] or 0) / y)
         found.append(with_error(name, mean, 0.0 if exact else error, a.value.n, "%"))
-    if any(abs(c.mean) < least for c in found):
-        return Judged(NOT_REPRODUCED, found, _all_of(matched), f"less than {least:g} % counts as none")
-    return Judged(by_direction(found, direction, effect, factor), found, _all_of(matched))
+    counted = [c for c in found if abs(c.mean) >= least]
+    verdict = by_direction(counted, direction, effect, factor) if counted else NOT_REPRODUCED
+    if len(counted) < len(found) and verdict != CONTRADICTED:
+        verdict = NOT_REPRODUCED
+    note = f"less than {least:g} % counts as none" if least else ""
+    return Judged(verdict, found, _all_of(matched), note)
 
 
 def _number(record: Record, name: str) -> float:

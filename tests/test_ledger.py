@@ -272,6 +272,8 @@ class TestRules:
     def test_a_change_below_the_least_counts_as_none(self, ours: float, expected: str) -> None:
         records = [record("a", ours, 0.01, length=1), record("b", 100.0, 0.01, length=1)]
         assert verdict("change", records, of="a", against="b", measure="value", least=2.0) == expected
+        records += [record("a", 130.0, 0.01, length=2), record("b", 100.0, 0.01, length=2)]
+        assert verdict("change", records, of="a", against="b", measure="value", least=2.0) == CONTRADICTED
 
     def test_change_of_bytes(self) -> None:
         records = [record(name, extra={"peak": p, "weights": 80}, length=1) for name, p in (("a", 10), ("b", 60))]

@@ -128,6 +128,13 @@ def _kernel_environment(scratch: Path, progress: Path | None) -> Iterator[None]:
         changes["KVREPRO_PROGRESS"] = str(progress)
     if results := os.environ.get("KVREPRO_RESULTS"):
         changes["KVREPRO_RESULTS"] = str(Path(results).resolve())
+    with environment(changes):
+        yield
+
+
+@contextmanager
+def environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables that hold inside, for this process and those that it starts."""
     saved = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:

@@ -7,21 +7,19 @@ named again on the published records: the figures and texts are new, nothing is 
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
-from kvrepro.book.execute import cell_id, execute, note
+from kvrepro.book.execute import cell_id, environment, execute, note
 from kvrepro.book.files import write_if_changed
 from kvrepro.book.pages import code
 from kvrepro.book.parameters import check, defaults
@@ -118,7 +116,7 @@ def draw(project: Project, names: Sequence[str]) -> list[str]:
         with tempfile.TemporaryDirectory(prefix="kvrepro-") as results:
             for path in folder(project).glob("*.jsonl"):
                 shutil.copy(path, results)
-            with _environment(KVREPRO_RESULTS=results, **{VARIABLE: STORED}):
+            with environment({"KVREPRO_RESULTS": results, VARIABLE: STORED}):
                 outcome = execute(project, notebook, parameters, None)
         if outcome.failure or outcome.environment.get("dirty"):
             raise BookError(f"{notebook.name} is not drawn: {outcome.failure or 'commit the changes first'}")
@@ -126,19 +124,6 @@ def draw(project: Project, names: Sequence[str]) -> list[str]:
         target.records.unlink(missing_ok=True)  # they are in the files of all records
         drawn.append(notebook.name)
     return drawn
-
-
-@contextmanager
-def _environment(**changes: str) -> Iterator[None]:
-    saved = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def merged(there: Iterable[Record], more: Iterable[Record]) -> list[Record]:
