@@ -82,13 +82,24 @@ class Step:
         return slots.keys if shift is None else self.rotation.rotate(slots.keys, shift)
 
     def bias(self, slots: Slots) -> Tensor | None:
-        """`[B, H_kv, S]` float, added to a slot's logits: log cardinality, -inf for an empty slot; None where 0."""
+        """`[B, H_kv, S]` float, added to a slot's logits; None where all are 0.
+
+        The slot's own bias (the side vector `"bias"`), log cardinality where the method asks for it, and -inf for an
+        empty slot.
+        """
+        if not self.is_biased(slots):
+            return None
+        wide = torch.promote_types(slots.keys.dtype, torch.float32)
+        own = None if slots.dense else slots.stats.get("bias")
         if self.cardinality_bias and not slots.dense:
-            return slots.cardinality.to(torch.promote_types(slots.keys.dtype, torch.float32)).log()
-        if slots.ragged:
-            zeros = torch.zeros_like(slots.positions, dtype=torch.promote_types(slots.keys.dtype, torch.float32))
-            return zeros.masked_fill(~slots.valid, -torch.inf)
-        return None
+            bias = slots.cardinality.to(wide).log()  # -inf where empty
+            return bias if own is None else bias + own
+        bias = torch.zeros_like(slots.positions, dtype=wide) if own is None else own.to(wide)
+        return bias.masked_fill(~slots.valid, -torch.inf) if slots.ragged else bias
+
+    def is_biased(self, slots: Slots) -> bool:
+        """Whether any slot's logit may have something added to it, empty slots' -inf included."""
+        return slots.ragged or (not slots.dense and (self.cardinality_bias or "bias" in slots.stats))
 
     def last(self, count: int) -> Step:
         """This pass as its last `count` queries see it."""
@@ -210,8 +221,7 @@ def look(
 def _is_plain(step: Step, slots: Slots) -> bool:
     """Whether PyTorch's fused attention does what is asked: one query, or a prompt's own tokens, and no bias."""
     n = step.queries.shape[3]
-    biased = slots.ragged or (step.cardinality_bias and not slots.dense)
-    return not biased and step.softcap is None and n in (1, slots.size)
+    return not step.is_biased(slots) and step.softcap is None and n in (1, slots.size)
 
 
 def _without_kernels(step: Step, slots: Slots, statistics: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -228,7 +228,7 @@ class CompressedLayer(CacheLayerMixin):
             self.cache().plan(query.shape[2])
         new, positions = self._new_slots(keys, values, mask)
         slots = new if self.slots is None else self.slots.append(new)
-        step = self._step(query, positions, scale, softcap, keys.shape[1])
+        step = self._remember(self._step(query, positions, scale, softcap, keys.shape[1]))
         if self.probe is not None:
             return self.probe.attend(self, slots, step)
         statistics = self.method.statistics if self.active else ()
@@ -286,7 +286,7 @@ class CompressedLayer(CacheLayerMixin):
     def _step(self, query: Tensor, positions: Tensor, scale: float, softcap: float | None, heads: int) -> Step:
         """What a method sees of this pass."""
         b, hq, n, d = query.shape
-        step = Step(
+        return Step(
             queries=query.reshape(b, heads, hq // heads, n, d),
             query_positions=positions,
             scale=scale,
@@ -298,10 +298,18 @@ class CompressedLayer(CacheLayerMixin):
             layers=self.layers,
             budget=self.budget or 0,
         )
-        width = self.method.window_of(self.budget) if self.active else 0
+
+    @property
+    def width(self) -> int:
+        """Queries of the observation window; 0 without one."""
+        return self.method.window_of(self.budget) if self.active else 0
+
+    def _remember(self, step: Step) -> Step:
+        """Move the observation window on by a pass's queries, and let the pass show it."""
+        width = self.width
         if width == 0:
             return step
-        queries, places = step.queries, positions
+        queries, places = step.queries, step.query_positions
         if self.window is not None:
             queries = torch.cat([self.window[0], queries], dim=3)
             places = torch.cat([self.window[1], places], dim=1)

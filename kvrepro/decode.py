@@ -39,7 +39,7 @@ from kvrepro.fixed import FixedLayer, capture
 from kvrepro.memory import explained
 from kvrepro.methods.base import Method, StepRule
 from kvrepro.slots import Slots
-from kvrepro.static import StaticSlots, freeze_shape, full, refill, step, thaw
+from kvrepro.static import SIDES, StaticSlots, freeze_shape, full, refill, step, thaw
 
 #: Steps that run before a capture, one of them at least of the kind that is captured: they compile kernels and set up
 #: libraries.
@@ -72,6 +72,50 @@ class _InPlace:
         self.layer.slots, self.layer.static = thaw(self.layer.static), None
 
 
+class _Ring:
+    """The observation window in fixed storage: a step writes over the oldest query, which a CUDA graph can hold."""
+
+    def __init__(self, layer: CompressedLayer) -> None:
+        """Copy the layer's window, filled up in front with places that hold no query."""
+        self._queries, self._places = (x.clone() for x in _whole_window(layer))
+        self._oldest = torch.zeros(1, dtype=torch.long, device=self._places.device)
+
+    def note(self, query: Tensor, newest: Tensor) -> None:
+        """Put in a step's queries `[B, H_q, 1, d]` at positions `[B]`."""
+        b, h, g, _, d = self._queries.shape
+        self._queries.index_copy_(3, self._oldest, query.reshape(b, h, g, 1, d))
+        self._places.index_copy_(1, self._oldest, newest[:, None])
+        self._oldest.add_(1).remainder_(self._places.shape[1])
+
+    def in_order(self) -> tuple[Tensor, Tensor]:
+        """Queries `[B, H_kv, G, w, d]` and positions `[B, w]`, the newest last."""
+        width = self._places.shape[1]
+        order = (self._oldest + torch.arange(width, device=self._places.device)) % width
+        return self._queries.index_select(3, order), self._places.index_select(1, order)
+
+    def refill(self, layer: CompressedLayer) -> None:
+        """Put the layer's window back into the same storage."""
+        queries, places = _whole_window(layer)
+        self._queries.copy_(queries)
+        self._places.copy_(places)
+        self._oldest.zero_()
+
+
+def _whole_window(layer: CompressedLayer) -> tuple[Tensor, Tensor]:
+    """The layer's window with empty places in front, as wide as it will be."""
+    queries, places = layer.window
+    short = layer.width - places.shape[1]
+    return pad(queries, (0, 0, short, 0)), pad(places, (short, 0), value=-1)
+
+
+def _cut_window(layer: CompressedLayer) -> None:
+    """Drop the places of the layer's window that are empty in every row; tensors of its own are left."""
+    if layer.window is not None:
+        queries, places = layer.window
+        first = int((places >= 0).any(dim=0).int().argmax())
+        layer.window = (queries[:, :, :, first:].clone(), places[:, first:].clone())
+
+
 class _Appended:
     """A layer that compresses now and then: tokens are appended to fixed storage until it is due."""
 
@@ -82,6 +126,7 @@ class _Appended:
         self.layer = layer
         self._size = layer.slots.size
         self._leaves = _leaves(layer)
+        self._window = _Ring(layer) if layer.width else None
         layer.static = _freeze(layer, StepRule("none"), newest, room)
         layer.slots = None
 
@@ -100,6 +145,8 @@ class _Appended:
         """As `_InPlace.attend`; a due layer compresses in place or runs as it would without this class."""
         if self.due and not self.compresses_in_place:
             return self._run(query, key, value, scale, softcap)
+        if self._window is not None:
+            self._window.note(query, self.layer.static.newest)
         out = _step(self.layer.static, query, key, value, scale, softcap)
         if self.due:
             self._compress(query, scale, softcap)
@@ -109,6 +156,9 @@ class _Appended:
         """Compress the storage, full now, into itself; nothing here changes what the host keeps from step to step."""
         layer, static = self.layer, self.layer.static
         step = layer._step(query, static.newest[:, None], scale, softcap, static.keys.shape[1])
+        if self._window is not None:
+            queries, places = self._window.in_order()
+            step = dataclasses.replace(step, window_queries=queries, window_positions=places)
         slots = layer.method.compress(full(static), layer.budget, step)
         if slots.size != self._leaves or slots.ragged:
             raise RuntimeError(
@@ -121,6 +171,7 @@ class _Appended:
         self._storage = self.layer.static
         self.layer.slots, self.layer.static = thaw(self._storage), None
         self.layer.row_tokens = self._storage.newest.clone()
+        self._give_window()
         return _run_layer(self.layer, query, key, value, scale, softcap)
 
     def taken(self) -> None:
@@ -132,11 +183,20 @@ class _Appended:
             self._size, self._leaves = layer.slots.size, _leaves(layer)
             refill(self._storage, layer.slots, by_tokens=layer.method.positions == "cardinality")
             layer.slots, layer.static = None, self._storage
+            if self._window is not None:
+                self._window.refill(layer)
+
+    def _give_window(self) -> None:
+        """Hand the layer its observation window, in order."""
+        if self._window is not None:
+            self.layer.window = self._window.in_order()
 
     def close(self) -> None:
         """Give the slots back in order."""
         if self.layer.static is not None:
             self.layer.slots, self.layer.static = thaw(self.layer.static), None
+            self._give_window()
+            _cut_window(self.layer)
 
 
 class _CopiedBack:
@@ -151,9 +211,7 @@ class _CopiedBack:
         if layer.slots.size < layer.budget:
             layer.slots = layer.slots.pad(layer.budget)
         if layer.window is not None:
-            queries, places = layer.window
-            short = layer.method.window_of(layer.budget) - places.shape[1]
-            layer.window = (pad(queries, (0, 0, short, 0)), pad(places, (short, 0), value=-1))
+            layer.window = _whole_window(layer)
         self._fixed = FixedLayer(layer)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -167,12 +225,8 @@ class _CopiedBack:
 
     def close(self) -> None:
         """Drop the slots, and the places of the window, that are still empty in every row."""
-        layer = self.layer
-        layer.slots = _filled(layer.slots)
-        if layer.window is not None:
-            queries, places = layer.window
-            first = int((places >= 0).any(dim=0).int().argmax())
-            layer.window = (queries[:, :, :, first:].clone(), places[:, first:].clone())
+        self.layer.slots = _filled(self.layer.slots)
+        _cut_window(self.layer)
 
 
 class _Plain:
@@ -214,7 +268,7 @@ def _way(layer: CompressedLayer) -> type[_Held]:
     if not layer.active:
         return _InPlace
     countable = _countable(method)
-    ruled = countable and method.positions != "cardinality" and _stands(method, "step_rule")
+    ruled = countable and not layer.width and method.positions != "cardinality" and _stands(method, "step_rule")
     if ruled and method.step_rule(layer.budget) is not None:
         return _InPlace
     if method.shares_layers and not layer.cache().split:
@@ -235,10 +289,8 @@ def _leaves(layer: CompressedLayer) -> int | None:
 
 def _countable(method: Method) -> bool:
     """Whether what the method keeps of each pass is what `static.step` adds up: attention and queries, or nothing."""
-    if method.window_of(1 << 30) > 0:
-        return False
     own = type(method).accumulate is not Method.accumulate
-    return not method.accumulates or (not own and set(method.accumulates) <= {"mass", "count"})
+    return not method.accumulates or (not own and set(method.accumulates) <= set(SIDES))
 
 
 def _stands(method: Method, promise: str) -> bool:
@@ -265,7 +317,7 @@ def _freeze(layer: CompressedLayer, rule: StepRule, newest: Tensor, room: int) -
         budget,
         rule,
         newest,
-        tuple(n for n in ("mass", "count") if n in slots.stats),
+        tuple(name for name in SIDES if name in slots.stats),
         None if method.positions == "original" else layer.rotation,
         room=min(most, budget),
         by_tokens=method.positions == "cardinality",

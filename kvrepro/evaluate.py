@@ -205,7 +205,7 @@ def perplexity(
         raise ValueError(f"the text has {texts.shape[1]} tokens, fewer than the window of {window}; shorten the window")
     windows = texts.unfold(1, window, stride)  # [B, n, window]
     scored = [
-        _score(model, batch, make_cache(model, method, budget, **options), stride, chunk, progress)
+        score(model, batch, make_cache(model, method, budget, **options), stride, chunk, progress)
         for batch in windows.flatten(0, 1).split(batch_size)
     ]
     nll = torch.cat(scored).view(*windows.shape[:2], stride)
@@ -218,15 +218,27 @@ def _default_batch(model: PreTrainedModel, cache: CompressedCache, window: int) 
     return rows_that_fit(model, cache, window, 128 if model.device.type == "cuda" else 32)
 
 
-def _score(
+def score(
     model: PreTrainedModel,
     batch: Tensor,
     cache: CompressedCache,
     scored: int,
-    chunk: int,
-    progress: Callable[[int], Any] | None,
+    chunk: int = 1,
+    progress: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """`[B, scored]`: negative log-likelihoods of the last `scored` tokens of each row of `batch` `[B, W]`."""
+    """Negative log-likelihoods of the last tokens of each row, read through a cache.
+
+    Args:
+        model: a prepared model.
+        batch: `[B, W]`.
+        cache: an empty one, from `make_cache`.
+        scored: tokens to score, fewer than `W`.
+        chunk: tokens read between compressions; 1 is exact to the token.
+        progress: called with the number of tokens read after each step.
+
+    Returns:
+        `[B, scored]` float32, nats, on the CPU.
+    """
     batch = batch.to(model.device)
     width = batch.shape[1]
     first = width - scored - 1  # the first position whose prediction counts

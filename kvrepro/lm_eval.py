@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import kvrepro
 from kvrepro import methods, models
-from kvrepro.evaluate import _score as score  # `perplexity` cannot pass on SnapKV's option `window`
+from kvrepro.evaluate import score
 
 logger = logging.getLogger(__name__)
 

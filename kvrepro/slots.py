@@ -26,7 +26,8 @@ class Slots:
         values: `[B, H_kv, S, d_v]`; for a slot that stands for several tokens, their mean unless the method says else.
         positions: `[B, H_kv, S]` int32, the token's index in its own row's text (padding not counted); -1 when empty.
         cardinality: `[B, H_kv, S]` int32, the number of tokens the slot stands for; 0 marks an empty slot.
-        stats: named side vectors `[B, H_kv, S]` or `[B, H_kv, S, d]` that a method keeps (attention mass, counts).
+        stats: named side vectors `[B, H_kv, S]` or `[B, H_kv, S, d]` that a method keeps (attention mass, counts). The
+            one named `"bias"` is added to the slot's logit; a new slot's is 0.
         state: named side values `[B, H_kv]`, one a head (a running threshold).
         dense: nothing has been dropped or merged yet, so every slot is one token at its own position.
         ragged: some slots may be empty (padding, or heads that keep different numbers of slots).

@@ -23,6 +23,9 @@ from kvrepro.methods.base import StepRule
 from kvrepro.rope import Rotation
 from kvrepro.slots import Slots, take
 
+#: Side vectors that fixed storage holds.
+SIDES = ("mass", "count", "bias")
+
 
 @dataclass
 class StaticSlots:
@@ -37,6 +40,7 @@ class StaticSlots:
             of cardinalities (rule "none" only), it is `filled` less the tokens of all later slots.
         mass: `[B, H_kv, S]` float32, attention received so far (where the rule asks for it, else empty).
         count: `[B, H_kv, S]` float32, queries that saw the slot (likewise).
+        bias: `[B, H_kv, S]` float32, added to the slot's logit (where the method keeps it, else empty).
         free: `[B, H_kv]` int32, the slot the next token is written into.
         filled: `[B, H_kv]` int32, slots in use; they are the first ones until the budget is reached.
         newest: `[B]` int32, position of the token that comes next.
@@ -60,6 +64,7 @@ class StaticSlots:
     place: Tensor
     mass: Tensor
     count: Tensor
+    bias: Tensor
     free: Tensor
     filled: Tensor
     newest: Tensor
@@ -108,7 +113,7 @@ def freeze_shape(
         budget: slots a head may hold.
         rule: how a slot is let go.
         newest: `[B]` int32, position of the next token of each row; shared by all layers and advanced by the caller.
-        names: side vectors the method keeps ("mass", "count").
+        names: side vectors the method keeps, of `SIDES`.
         rotation: the model's rotation if keys are read at in-cache positions, else None.
         room: the most slots a head will hold; None is the budget.
         by_tokens: in-cache positions count tokens, not slots; for the rule "none".
@@ -126,7 +131,7 @@ def freeze_shape(
     turns = rotation is not None
     nothing = torch.empty(0, dtype=torch.float32, device=filled.device)
     zeros = torch.zeros_like(slots.positions, dtype=torch.float32)
-    sides = {n: _widen(slots.stats.get(n, zeros), order, room) if n in names else nothing for n in ("mass", "count")}
+    sides = {n: _widen(slots.stats.get(n, zeros), order, room) if n in names else nothing for n in SIDES}
     return StaticSlots(
         keys=_widen(slots.keys, order, room),
         values=_widen(slots.values, order, room),
@@ -280,6 +285,8 @@ def step_reference(
         logits = softcap * torch.tanh(logits / softcap)
     if static.biased:
         logits = logits + static.cardinality.to(wide).log().unsqueeze(2)
+    if static.bias.numel():
+        logits = logits + static.bias.to(wide).unsqueeze(2)
     p = torch.softmax(logits.masked_fill(~valid.unsqueeze(2), -torch.inf), dim=-1)
     out = p.to(values.dtype) @ static.values
     if static.counting and static.mass.numel():
@@ -299,7 +306,7 @@ def _write(static: StaticSlots, keys: Tensor, values: Tensor) -> None:
     static.positions.scatter_(2, free, static.newest[:, None, None].expand(free.shape))
     static.cardinality.scatter_(2, free, 1)
     static.place.scatter_(2, free, static.filled.unsqueeze(-1))
-    for side in (static.mass, static.count):
+    for side in (getattr(static, name) for name in SIDES):
         if side.numel():
             side.scatter_(2, free, 0.0)
 

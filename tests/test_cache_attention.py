@@ -18,8 +18,11 @@ DIM, KV_HEADS, GROUP, PAST, CHUNK = 8, 2, 2, 6, 3
 INV_FREQ = torch.tensor([10000.0 ** (-2 * i / DIM) for i in range(DIM // 2)], dtype=torch.float64)
 
 
-def filled_oracle(positions: str, cardinality: bool) -> tuple[base.Oracle, torch.Tensor, base.Chunk]:
-    """An oracle whose cache has seen some evictions and merges, and its attention of three queries."""
+def filled_oracle(positions: str, cardinality: bool, own: bool = False) -> tuple[base.Oracle, torch.Tensor, base.Chunk]:
+    """An oracle whose cache has seen some evictions and merges, and its attention of three queries.
+
+    With `own`, merged slots have a bias of their own.
+    """
     rng = np.random.default_rng(0)
     oracle = base.Oracle(
         query_heads=KV_HEADS * GROUP, kv_heads=KV_HEADS, inv_freq=INV_FREQ.numpy(), positions=positions
@@ -28,12 +31,14 @@ def filled_oracle(positions: str, cardinality: bool) -> tuple[base.Oracle, torch
     for h in range(KV_HEADS):
         # The past has holes (2 and 5 were merged into 3 and 6), the chunk's own tokens 9, 10, 11 come last.
         for position, count in zip([0, 1, 3, 4, 6, 8, 9, 10, 11], [1, 1, 2, 1, 2, 2, 1, 1, 1], strict=True):
-            oracle.heads[h].append(base.Slot(rng.normal(size=DIM), rng.normal(size=DIM), position, count))
+            slot = base.Slot(rng.normal(size=DIM), rng.normal(size=DIM), position, count)
+            slot.bias = 0.7 * position - 3.0 if own and count > 1 else 0.0
+            oracle.heads[h].append(slot)
     queries = rng.normal(size=(KV_HEADS * GROUP, CHUNK, DIM))
     return oracle, torch.from_numpy(queries), oracle.attend(queries, [9, 10, 11])
 
 
-def tensors(oracle: base.Oracle, padding: int = 0) -> Slots:
+def tensors(oracle: base.Oracle, padding: int = 0, own: bool = False) -> Slots:
     """The oracle's slots as tensors, behind `padding` empty ones filled with garbage."""
     rows = [[base.Slot(np.full(DIM, 9.0), np.full(DIM, 99.0), -1, 0)] * padding + slots for slots in oracle.heads]
 
@@ -45,6 +50,7 @@ def tensors(oracle: base.Oracle, padding: int = 0) -> Slots:
         values=stack("value"),
         positions=stack("position").int(),
         cardinality=stack("cardinality").int(),
+        stats={"bias": stack("bias")} if own else {},
         dense=False,
         ragged=padding > 0,
     )
@@ -64,15 +70,17 @@ def make_step(queries: torch.Tensor, positions: str, cardinality: bool, softcap:
 
 
 @pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("own", [False, True], ids=["", "own bias"])
 @pytest.mark.parametrize("cardinality", [False, True])
 @pytest.mark.parametrize("positions", ["original", "cache", "cardinality"])
 @pytest.mark.parametrize("statistics", [(), ("mass", "last")])
 def test_attention_over_slots_equals_loops(
-    positions: str, cardinality: bool, padding: int, statistics: tuple[str, ...]
+    positions: str, cardinality: bool, own: bool, padding: int, statistics: tuple[str, ...]
 ) -> None:
     """Output and statistics, fused and in blocks, in every position mode, with and without empty slots in front."""
-    oracle, queries, chunk = filled_oracle(positions, cardinality)
-    output, found = attention.attend(make_step(queries, positions, cardinality), tensors(oracle, padding), statistics)
+    oracle, queries, chunk = filled_oracle(positions, cardinality, own)
+    slots = tensors(oracle, padding, own)
+    output, found = attention.attend(make_step(queries, positions, cardinality), slots, statistics)
     np.testing.assert_allclose(output.reshape(KV_HEADS * GROUP, CHUNK, DIM), chunk.outputs, atol=1e-10)
     if not statistics:
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ from transformers import PreTrainedModel
 
 import kvrepro
 from kvrepro import decode, memory, methods
+from kvrepro.attention import Step
 from kvrepro.cache import CompressedCache
+from kvrepro.methods.base import Method
+from kvrepro.slots import Slots, compact, select
 
 #: Prompt of the longer row; the shorter one has 8 tokens of padding.
 LENGTH, NEW = 22, 14
@@ -30,7 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int | float | None, str]] = {
     "h2o greedy": ("h2o", {"recent": 0}, 16, "in place"),
     "tova": ("tova", {}, 16, "copied back"),
     "snapkv": ("snapkv", {"kernel": 3}, 16, "copied back"),
-    "pyramidkv": ("pyramidkv", {"window": 4, "kernel": 3}, 16, "copied back"),
+    "pyramidkv": ("pyramidkv", {"window": 4, "kernel": 3}, 16, ""),
     "keydiff": ("keydiff", {}, 16, "copied back"),
     "random": ("random", {"sinks": 1, "recent": 2}, 16, "copied back"),
     "cam": ("cam", {"targets": 3}, 16, "copied back"),
@@ -141,7 +146,8 @@ def test_layers_take_their_steps_as_expected(model: PreTrainedModel, case: str) 
 def test_a_layer_that_becomes_full_changes_its_ways(model: PreTrainedModel) -> None:
     """Random eviction appends until it is full, then compresses at every step; KVMerger goes on appending."""
     ids, mask = padded(10, 2)
-    for name, modes in (("random", ["appended", "copied back"]), ("kvmerger", ["appended", "appended"])):
+    filling = {"random": "copied back", "snapkv": "copied back", "kvmerger": "appended"}
+    for name, modes in ((name, ["appended", last]) for name, last in filling.items()):
         cache = kvrepro.make_cache(model, name, 16)
         first = kvrepro.prefill(model, ids, cache, attention_mask=mask).logits[:, -1].argmax(-1)
         with decode.Decoder(model, cache, room=9) as decoder:
@@ -307,6 +313,49 @@ def test_a_subclass_that_compresses_otherwise_does_not_inherit_the_rule(model: P
     ids = tokens(1, 20)
     kvrepro.generate(model, ids, cache, 5)
     assert cache.compressed[0].positions[0, 0].tolist() == list(range(8, 24))
+
+
+@dataclass(frozen=True)
+class Judged(Method):
+    """Frees four slots at a time by the attention of the last five queries, and raises what stays by what went."""
+
+    name: ClassVar[str] = "judged"
+    accumulates: ClassVar[tuple[str, ...]] = ("bias",)
+
+    def window_of(self, budget: int) -> int:
+        """Five queries."""
+        return 5
+
+    def leaves(self, budget: int) -> int | None:
+        """Four fewer than one too many."""
+        return budget - 3
+
+    def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
+        """Keep the newest, and of the rest those the window attends to most; the later a slot, the higher its bias."""
+        seen = dataclasses.replace(step, queries=step.window_queries, query_positions=step.window_positions)
+        score = sum(p.sum(dim=(2, 3)) for _, p in seen.blocks(slots))
+        size = budget - 3 if step.queries.shape[3] == 1 else budget
+        left = compact(slots, select(slots, score, size, 0, 1), size)
+        order = torch.linspace(-0.5, 1.5, size).expand_as(left.positions) + left.stats["bias"] / 2
+        return dataclasses.replace(left, stats={"bias": order.masked_fill(~left.valid, 0)})
+
+
+@pytest.mark.parametrize("rows", ["even", "padded", "filling"])
+def test_biases_and_windows_in_fixed_storage(rows: str, left: list[decode.Decoder]) -> None:
+    """A method with a bias a slot and an observation window decodes in storage as `model.generate` does."""
+    model = kvrepro.prepare(tiny_model())
+    ids, mask = padded(26, 8 if rows == "padded" else 0) if rows != "filling" else padded(10, 3)
+    caches = [kvrepro.make_cache(model, "snapkv", 16, window=5) for _ in range(2)]
+    for cache in caches:
+        cache.method = Judged()
+        for layer in cache.compressed:
+            layer.method = cache.method
+    ours = kvrepro.generate(model, ids, caches[0], 40, attention_mask=mask)
+    assert torch.equal(ours, plain(model, caches[1], ids, mask, 40))
+    assert_same_cache(*caches)
+    assert bool(caches[0].compressed[0].slots.stats["bias"].any())
+    assert left[0].modes == ["appended"] * 3
+    assert left[0].replayed_due >= (7 if rows != "filling" else 0)
 
 
 # --- blocks of slots freed in place -----------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ APPENDING = {
     "biased": {"biased": True},
     "by tokens": {"biased": True, "by_tokens": True},
     "frozen": {"biased": True, "by_tokens": True, "counting": False},
+    "own": {"own": True},
+    "own and biased": {"own": True, "biased": True, "by_tokens": True},
 }
 
 
@@ -41,9 +43,10 @@ def storage(
     d: int = 64,
     budget: int = 21,
     filled: tuple[int, ...] = (21, 18),
+    own: bool = False,
     **more: Any,
 ) -> static.StaticSlots:
-    """Fixed storage whose rows hold `filled` slots with holes in their positions, in float64."""
+    """Fixed storage whose rows hold `filled` slots with holes in their positions, in float64; `own` biases if asked."""
     size = max(filled)
     positions = torch.rand(b, h, 3 * size).argsort(dim=2)[..., :size].sort(dim=2).values.int()
     empty = torch.arange(size) < size - torch.tensor(filled)[:b, None, None]
@@ -52,7 +55,7 @@ def storage(
         values=torch.randn(b, h, size, d, dtype=torch.float64),
         positions=positions.masked_fill(empty, -1),
         cardinality=torch.randint(1, 4, (b, h, size), dtype=torch.int32).masked_fill(empty, 0),
-        stats={name: torch.rand(b, h, size).masked_fill(empty, 0) for name in ("mass", "count")},
+        stats={name: torch.rand(b, h, size).masked_fill(empty, 0) for name in static.SIDES},
         dense=False,
         ragged=True,
     )
@@ -60,7 +63,7 @@ def storage(
     newest = torch.full((b,), 3 * size + 7, dtype=torch.int32)
     if rule.score == "none":
         budget += 40
-    return static.freeze_shape(slots, budget, rule, newest, ("mass", "count"), rotation, **more)
+    return static.freeze_shape(slots, budget, rule, newest, static.SIDES[: 3 if own else 2], rotation, **more)
 
 
 def cast(slots: static.StaticSlots, dtype: torch.dtype) -> static.StaticSlots:
@@ -119,6 +122,9 @@ def test_appending_with_bias_and_positions_by_tokens(case: str, softcap: float |
     a, b = static.thaw(ours), static.thaw(twin)
     assert torch.equal(a.positions, b.positions) and torch.equal(a.cardinality, b.cardinality)
     torch.testing.assert_close(a.stats, b.stats, rtol=1e-4, atol=1e-5)
+    assert ("bias" in a.stats) == case.startswith("own")
+    if case.startswith("own"):  # new tokens have none
+        assert bool(a.stats["bias"][..., :-6].any()) and not bool(a.stats["bias"][..., -6:].any())
     old = torch.arange(ours.size) < exact.filled.unsqueeze(-1)
     seen = torch.zeros(()) if case == "frozen" else torch.full((), 6.0)
     torch.testing.assert_close((ours.count - exact.count)[old], seen.expand(int(old.sum())))

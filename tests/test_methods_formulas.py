@@ -434,6 +434,18 @@ def test_cam_merges_with_the_probability_of_its_attention() -> None:
         assert abs(merges / 400 - p) <= 4 * math.sqrt(p * (1 - p) / 400)
 
 
+def test_cam_passes_on_what_a_slot_received() -> None:
+    """A prompt's slots leave one after another, many blocks of them, each with what earlier ones gave it."""
+    size, budget, sinks = 300, 40, 2
+    keys, values = random(size, DIM, seed=38), random(size, DIM, seed=39)
+    slots = slots_of(keys, values, mass=torch.linspace(2, 1, size))  # above the mean of the next ones: all are merged
+    out = methods.create("cam", sinks=sinks).compress(slots, budget, step_of(random(1, 1, DIM), size))
+    held = values.clone()
+    for e in range(sinks, size - budget + sinks):
+        held[e + 1 : e + 17] += held[e] / 16
+    torch.testing.assert_close(out.values[0, 0], torch.cat([held[:sinks], held[size - budget + sinks :]]))
+
+
 # --- D2O -------------------------------------------------------------------------------------------------------------
 
 

@@ -41,10 +41,11 @@ CONFIG = {
 @triton.jit
 def _attend(
     q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, pos_ptr, place_ptr, card_ptr, free_ptr, filled_ptr, newest_ptr,
-    freq_ptr, logit_ptr, acc_ptr, max_ptr, sum_ptr,
+    freq_ptr, bias_ptr, logit_ptr, acc_ptr, max_ptr, sum_ptr,
     q_b, q_h, new_k_b, new_k_h, new_v_b, new_v_h, heads, size, span, scale, softcap,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr,
-    STATS: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    STATS: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, OWN: tl.constexpr, EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of one KV head: grid (B * H_kv, splits)."""
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -99,6 +100,9 @@ def _attend(
         if BIASED:
             tokens = tl.load(card_ptr + row, mask=valid & (is_new == 0), other=1)
             logit += tl.log2(tokens.to(tl.float32))[None, :]
+        if OWN:
+            own = tl.load(bias_ptr + row, mask=valid & (is_new == 0), other=0.0)
+            logit += (own * _LOG2E)[None, :]
         logit = tl.where(valid[None, :], logit, -float("inf"))
         if STATS:
             out_row = (head * G + group) * size
@@ -223,10 +227,11 @@ def _let_go(
 @triton.jit
 def _settle(
     out_ptr, acc_ptr, max_ptr, sum_ptr, logit_ptr, v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr,
-    free_ptr, filled_ptr, newest_ptr, low_ptr, where_ptr, at_ptr, done_ptr,
+    free_ptr, filled_ptr, newest_ptr, bias_ptr, low_ptr, where_ptr, at_ptr, done_ptr,
     heads, size, budget, sinks, recent, splits, pieces,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr,
     SCAN: tl.constexpr, SCORE: tl.constexpr, MERGE: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr,
+    OWN: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H_kv, G + pieces): G programs join a query head's splits, the others settle the slots.
 
@@ -251,6 +256,8 @@ def _settle(
             tl.store(pos_ptr + head * size + free, tl.load(newest_ptr + head // heads))
             tl.store(card_ptr + head * size + free, 1)
             tl.store(place_ptr + head * size + free, filled)
+            if OWN:
+                tl.store(bias_ptr + head * size + free, 0.0)
             tl.debug_barrier()
             if (SCORE > 0) & (filled >= budget):
                 _let_go(
@@ -286,6 +293,7 @@ def step(
     splits = triton.cdiv(size, span)
     score = SCORES[slots.rule.score]
     mass, count = (slots.counting and x.numel() > 0 for x in (slots.mass, slots.count))
+    own = slots.bias.numel() > 0
     new = queries.new_empty
     acc = new(b, h, splits, g, d, dtype=torch.float32)
     best, total = new(2, b, h, splits, g, dtype=torch.float32)
@@ -296,11 +304,11 @@ def step(
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
     _attend[(b * h, splits)](
         flat, keys, values, slots.keys, slots.values, slots.positions, slots.place, slots.cardinality, slots.free,
-        slots.filled, slots.newest, slots.frequencies, logits, acc, best, total,
+        slots.filled, slots.newest, slots.frequencies, slots.bias, logits, acc, best, total,
         flat.stride(0), flat.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         h, size, span, scale, softcap or 0.0,
         G=g, GP=groups, D=d, BLOCK=tile, ROTATE=slots.turns, STATS=mass, CAPPED=softcap is not None,
-        BIASED=slots.biased, EXACT=queries.dtype == torch.float32, STAGES=CONFIG["stages"],
+        BIASED=slots.biased, OWN=own, EXACT=queries.dtype == torch.float32, STAGES=CONFIG["stages"],
         num_warps=CONFIG["attend_warps"],
     )  # fmt: skip
     block = CONFIG["settle_tile"]
@@ -308,12 +316,13 @@ def step(
     low, where, at = new(b, h, pieces, dtype=torch.float32), *new(2, b, h, pieces, dtype=torch.int32)
     _settle[(b * h, g + pieces)](
         out, acc, best, total, logits, slots.values, slots.positions, slots.place, slots.cardinality, slots.mass,
-        slots.count, slots.free, slots.filled, slots.newest, low, where, at, slots.done, h, size, slots.budget,
-        slots.rule.sinks, slots.rule.recent, splits, pieces,
+        slots.count, slots.free, slots.filled, slots.newest, slots.bias, low, where, at, slots.done, h, size,
+        slots.budget, slots.rule.sinks, slots.rule.recent, splits, pieces,
         G=g, GP=triton.next_power_of_2(g), D=d, SP=max(2, triton.next_power_of_2(splits)),
         PP=max(2, triton.next_power_of_2(pieces)), BLOCK=block,
         SCAN=min(CONFIG["scan_tile"], max(16, triton.next_power_of_2(size))),
-        SCORE=score, MERGE=slots.rule.merge, MASS=mass, COUNT=count, num_warps=CONFIG["settle_warps"],
+        SCORE=score, MERGE=slots.rule.merge, MASS=mass, COUNT=count, OWN=own,
+        num_warps=CONFIG["settle_warps"],
     )  # fmt: skip
     return out
 

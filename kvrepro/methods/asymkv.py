@@ -39,8 +39,8 @@ class AsymKV(PairMerging):
         return super().steady(budget, arrived)
 
     def leaves(self, budget: int) -> int | None:
-        """A block less than the slots that are one too many; one slot at a time is `steady`."""
-        return super().leaves(budget) if self.block_of(budget) > 1 else None
+        """See `PairMerging.leaves`; stated here because `compress` is."""
+        return super().leaves(budget)
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Merge pairs in rounds; a merged slot carries the sum of its members' squared gradients."""

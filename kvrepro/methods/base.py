@@ -89,7 +89,7 @@ class Method:
     Class attributes:
         name, title, kind ("baseline", "eviction" or "merging"), paper, url: for people.
         statistics: attention statistics it needs of each pass ("mass", "last").
-        accumulates: side vectors the cache starts at 0 for each new token.
+        accumulates: side vectors the cache starts at 0 for each new token; `"bias"` is added to the slot's logit.
         cardinality_bias: attention adds log(cardinality) to a slot's logit.
         unlimited: never compresses.
         counts_passes: what it keeps depends on how many passes read the tokens, not only on the tokens.

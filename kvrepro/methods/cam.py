@@ -14,6 +14,8 @@ from kvrepro.methods.base import POSITIONS, Method, option
 from kvrepro.slots import Slots, add_at, compact, protected, rank, take, uniform
 
 _CAM_STREAM = 1
+#: Slots whose values are passed on at a time.
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,12 @@ class CaM(Method):
         index = first + empty + offset  # [B, H_kv, count + targets]
         inside = index < slots.size
         index = index.clamp_max(slots.size - 1)
-        wide = slots.values.to(torch.promote_types(slots.values.dtype, torch.float32))
-        before = take(wide, index).masked_fill(~inside.unsqueeze(-1), 0.0)
+        before = take(slots.values, index).masked_fill(~inside.unsqueeze(-1), 0.0)
+        before = before.to(torch.promote_types(before.dtype, torch.float32))
         after = self._pour(before, self._merges(slots, index, inside, step) & leaving.gather(2, index), count)
         # Places past the end were clamped onto the last slot: their change is masked, so adding differences is safe.
         change = (after - before).masked_fill(~inside.unsqueeze(-1), 0.0)
-        values = add_at(wide, index, change).to(slots.values.dtype)
+        values = add_at(slots.values, index, change.to(slots.values.dtype))
         return compact(dataclasses.replace(slots, values=values), keep, self.sinks + recent)
 
     def _merges(self, slots: Slots, index: Tensor, inside: Tensor, step: Step) -> Tensor:
@@ -80,9 +82,32 @@ class CaM(Method):
         return uniform(self.seed, step.layer, heads, slots.positions.gather(2, index), _CAM_STREAM) < chance
 
     def _pour(self, values: Tensor, merges: Tensor, count: int) -> Tensor:
-        """Pass values on, oldest first: what a slot has received leaves with it. `values` `[B, H_kv, n, d]`."""
+        """Pass values on, oldest first: what a slot has received leaves with it.
+
+        Slot e gives merges_e / targets of what it holds to each of the next `targets` slots, a linear recurrence. A
+        block of slots at a time, it is x = (1 - L)^-1 y, y being what the block held and got from earlier ones, L the
+        block's shares, strictly lower triangular: (1 - L)^-1 = (1 + L) (1 + L^2) (1 + L^4) ..., all terms positive.
+
+        Args:
+            values: `[B, H_kv, n, d]`, what the slots hold.
+            merges: `[B, H_kv, n]` bool, the slots that pass their values on.
+            count: the first so many slots may.
+
+        Returns:
+            `[B, H_kv, n, d]`, what they held when it was their turn to leave.
+        """
         values = values.clone()
-        for e in range(count):  # sequential by nature: slot e + 1 passes on what it got from slot e
-            share = values[:, :, e : e + 1] * (merges[:, :, e, None, None] / self.targets)
-            values[:, :, e + 1 : e + 1 + self.targets] += share
+        share = merges.to(values.dtype) / self.targets
+        index = torch.arange(values.shape[2], device=values.device)
+        for start in range(0, count, BLOCK):
+            stop = min(start + BLOCK, count)
+            end = min(stop + self.targets, values.shape[2])
+            ahead = index[start:end, None] - index[None, start:stop]  # [rows, columns]: row gets from column
+            given = ((ahead > 0) & (ahead <= self.targets)) * share[:, :, None, start:stop]  # [B, H, rows, columns]
+            held, power, reach = values[:, :, start:stop], given[:, :, : stop - start], 1
+            while reach < stop - start:  # L^reach is not 0
+                held = held + power @ held
+                power, reach = power @ power, 2 * reach
+            values[:, :, start:stop] = held
+            values[:, :, stop:end] += given[:, :, stop - start :] @ held
         return values

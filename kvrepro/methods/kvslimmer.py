@@ -65,8 +65,8 @@ class KVSlimmer(PairMerging):
         return super().steady(budget, arrived)
 
     def leaves(self, budget: int) -> int | None:
-        """A block less than the slots that are one too many; one slot at a time is `steady`."""
-        return super().leaves(budget) if self.block_of(budget) > 1 else None
+        """See `PairMerging.leaves`; stated here because `compress` is."""
+        return super().leaves(budget)
 
     def accumulate(self, slots: Slots, found: dict[str, Tensor], step: Step) -> Slots:
         """The released code's running mean of h = alpha (1 - 2 alpha) |v - o|_1 over passes (chunks).

@@ -149,8 +149,8 @@ class PairMerging(Method):
         return arrived > 1 or self.block_of(budget) == 1
 
     def leaves(self, budget: int) -> int | None:
-        """A block less than the slots that are one too many."""
-        return budget + 1 - self.block_of(budget)
+        """A block less than the slots that are one too many; one slot at a time is `steady`."""
+        return budget + 1 - self.block_of(budget) if self.block_of(budget) > 1 else None
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Merge pairs in rounds until the cache fits; while decoding, until a block of slots is free.

@@ -27,6 +27,7 @@ class Slot:
     value: Array  # [d]
     position: int
     cardinality: int = 1
+    bias: float = 0.0  # added to the logit
     stats: dict[str, Any] = field(default_factory=lambda: {"mass": 0.0, "count": 0})
 
 
@@ -181,7 +182,7 @@ class Oracle:
         dot = float(np.dot(query, key)) * self.scale
         if self.softcap is not None:
             dot = self.softcap * math.tanh(dot / self.softcap)
-        return dot + (math.log(slot.cardinality) if self.log_cardinality else 0.0)
+        return dot + slot.bias + (math.log(slot.cardinality) if self.log_cardinality else 0.0)
 
     def read_value(self, slot: Slot) -> Array:
         """The value attention mixes."""
