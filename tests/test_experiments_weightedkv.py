@@ -104,8 +104,18 @@ def test_texts_sizes_and_protocols_share_one_reading(monkeypatch: pytest.MonkeyP
 def test_a_text_is_measured_alike_alone_and_beside_others(small: Callable) -> None:
     (alone,) = small(weightedkv.perplexity, "h2o", 12, 48, 2)
     bench = common.Bench("weightedkv", "reading", "smollm2-135m")
-    both = weightedkv.Reading(bench, ("essays", "code"), 2, 48, batch_size=3).nll(alone.cell, 48)
+    both = weightedkv.Reading(bench, ("essays", "code"), 2, 48, batch_size=3, starts_of=48).nll(alone.cell, 48)
     assert both[:, -24:].mean(1).tolist() == pytest.approx(alone.value.extra["nll"], rel=1e-5)
+
+
+def test_methods_read_to_different_lengths_read_the_same_windows(small: Callable) -> None:
+    whole = small(weightedkv.perplexity, "h2o", 12, [32, 48], 2)
+    (brief,) = small(weightedkv.perplexity, "h2o", 12, 32, 2, starts_of=48)
+    assert brief.cell == whole[0].cell and brief.value == whole[0].value
+    (alone,) = small(weightedkv.perplexity, "h2o", 12, 32, 2)
+    assert alone.cell != brief.cell  # windows of 32 tokens begin elsewhere
+    with pytest.raises(ValueError, match="starts_of"):
+        small(weightedkv.perplexity, "h2o", 12, 48, 2, starts_of=32)
 
 
 def test_texts_that_are_not_here_are_named_with_the_reason(

@@ -192,6 +192,7 @@ def perplexity(
     dtype: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    starts_of: int | None = None,
 ) -> list[Record]:
     """Perplexity against cache size and window, token by token (the paper's Table I).
 
@@ -213,20 +214,26 @@ def perplexity(
         seed: Seed of the methods that draw at random.
         batch_size: Windows read side by side, None for what memory holds; it changes the speed only and is no part of
             the record.
+        starts_of: Windows begin where windows of so many tokens do, so that methods read to different lengths read the
+            same text; None is the longest of ``window``.
 
     Returns:
         One record a cell, see :func:`_perplexity`. Cells that share a reading share its time: the first one's record
         has all of it.
 
     Raises:
-        ValueError: No budget is smaller than a window, a window is odd, or a text is too short.
+        ValueError: No budget is smaller than a window, a window is odd or longer than ``starts_of``, or a text is too
+            short.
     """
     sizes = as_list(window)
     if any(size % 2 for size in sizes):
         raise ValueError(f"half of a window is scored, so windows must be even numbers of tokens, not {sizes}")
+    if starts_of is not None and starts_of < max(sizes):
+        raise ValueError(f"starts_of={starts_of} must not be below the longest window, {max(sizes)}")
     about = {size: {"protocol": SLIDING, "window": size, "stride": size // 2, "windows": n_windows} for size in sizes}
     bench = Bench(PAPER, "perplexity", model, device, dtype)
-    plan = Reading(replace(bench, experiment="reading"), tuple(as_list(text)), n_windows, max(sizes), batch_size)
+    reading = replace(bench, experiment="reading")
+    plan = Reading(reading, tuple(as_list(text)), n_windows, max(sizes), batch_size, starts_of or max(sizes))
     return _sweep(bench, plan, method, as_list(budget), about, chunk, seed)
 
 
@@ -270,7 +277,8 @@ def perplexity_in_pieces(
     """
     about = {size: {"protocol": PIECES, "piece": size, "pieces": n_pieces} for size in as_list(piece)}
     bench = Bench(PAPER, "perplexity_in_pieces", model, device, dtype)
-    plan = Reading(replace(bench, experiment="reading"), tuple(as_list(text)), n_pieces, max(about), batch_size)
+    longest = max(about)
+    plan = Reading(replace(bench, experiment="reading"), tuple(as_list(text)), n_pieces, longest, batch_size, longest)
     return _sweep(bench, plan, method, as_list(budget), about, chunk, seed)
 
 
@@ -291,11 +299,11 @@ def _sweep(
     if min(budgets) >= plan.longest:
         raise ValueError(f"no budget of {budgets} is below a window of {list(about)}: nothing would be compressed")
     for name in plan.texts:
-        bench.windows(name, plan.longest, plan.n)  # too short a text is an error before anything runs
+        bench.windows(name, plan.starts_of, plan.n)  # too short a text is an error before anything runs
     jobs = []
     for variant, name, size in product(parse_variants(method), plan.texts, about):
         for slots in [None] if variant.method == "full" else [b for b in budgets if b < size]:
-            params = {**about[size], "starts_of": plan.longest, "chunk": chunk}
+            params = {**about[size], "starts_of": plan.starts_of, "chunk": chunk}
             cell = bench.cell("perplexity", "", method=variant, data=name, budget=slots, seed=seed, **params)
             jobs.append((cell, partial(_perplexity, plan, cell)))
     return bench.sweep(jobs)
@@ -311,6 +319,7 @@ class Reading:
         n: Windows a text.
         longest: Tokens of the longest window.
         batch_size: Windows read side by side, None for what memory holds.
+        starts_of: The windows begin where windows of so many tokens do.
     """
 
     bench: Bench
@@ -318,6 +327,7 @@ class Reading:
     n: int
     longest: int
     batch_size: int | None
+    starts_of: int
 
     def nll(self, cell: Cell, length: int) -> Tensor:
         """``[n, length - 1]`` float64: negative log-likelihoods of all tokens but the first of the cell's windows."""
@@ -334,7 +344,7 @@ def _nll(
 ) -> Tensor:
     """``[texts * n, length - 1]``: one reading of all windows, kept for the cells of other texts, sizes, protocols."""
     model, _ = plan.bench.load()
-    ids = torch.cat([plan.bench.windows(name, plan.longest, plan.n)[:, :length] for name in plan.texts])
+    ids = torch.cat([plan.bench.windows(name, plan.starts_of, plan.n)[:, :length] for name in plan.texts])
     found = evaluate.perplexity(
         model,
         ids,
@@ -433,7 +443,7 @@ def _along(bench: Bench, cell: Cell) -> Value:
         Skip: The full cache does not fit into the model's context.
     """
     length, n = cell.params["length"], cell.params["passages"]
-    plan = Reading(replace(bench, experiment="reading"), (cell.data,), n, length, None)
+    plan = Reading(replace(bench, experiment="reading"), (cell.data,), n, length, None, length)
     if cell.method == "full":
         _check_context(bench.load()[0], cell, length)
     nll = plan.nll(cell, length)
