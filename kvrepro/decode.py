@@ -35,7 +35,7 @@ from kvrepro.adapter import redirected
 from kvrepro.cache import CompressedCache, CompressedLayer
 from kvrepro.compiled import compiled
 from kvrepro.evaluate import prefill
-from kvrepro.fixed import FixedLayer, capture
+from kvrepro.fixed import FixedLayer, capture, on_several_devices
 from kvrepro.memory import explained
 from kvrepro.methods.base import Method, StepRule
 from kvrepro.slots import Slots
@@ -400,10 +400,10 @@ class Decoder:
         self._newest = layers[0].row_tokens.clone()
         self._mask = torch.ones(self._newest.shape[0], 1, 1, 1, dtype=torch.bool, device=self._newest.device)
         self._read = attention_mask
-        self._mixed = len(layers) != len(cache.layers)
+        self._whole = len(layers) == len(cache.layers) and not on_several_devices(layers)
         self._forget()
         self.replayed = self.replayed_due = 0
-        self._held = [_Plain(x) if self._mixed else _hold(x, self._newest, room) for x in layers]
+        self._held = [_hold(x, self._newest, room) if self._whole else _Plain(x) for x in layers]
         self._compiled = functools.partial(compiled, model) if compile else nullcontext
         if self._newest.is_cuda and not self.graphed:
             warnings.warn(
@@ -429,13 +429,13 @@ class Decoder:
         for held, layer in zip(self._held, self._layers, strict=True):
             held.close()
             layer.seen = self._seen + self._taken
-            layer.row_tokens = self._newest.clone()
+            layer.row_tokens = self._newest.to(layer.row_tokens.device, copy=True)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """One step: tokens `[B]` in, the next ones' logits `[B, V]` out. For the body of `run`."""
         places = self._newest[:, None].long()
-        if self._mixed:
+        if not self._whole:
             output = self._plain_pass(tokens[:, None], places)
         else:
             handlers = {layer.module(): held.attend for layer, held in zip(self._layers, self._held, strict=True)}
@@ -451,7 +451,10 @@ class Decoder:
         return output.logits[:, -1]
 
     def _plain_pass(self, tokens: Tensor, places: Tensor) -> Any:
-        """The model over its cache, tokens and position ids `[B, 1]`: sliding-window layers keep their own storage."""
+        """The model over its cache, tokens and position ids `[B, 1]`.
+
+        Sliding-window layers keep their own storage, and layers on several devices theirs.
+        """
         if self._read is not None:
             self._read = pad(self._read, (0, 1), value=1)
         return self._model(
@@ -543,7 +546,7 @@ class Decoder:
 
     def _hold_anew(self) -> None:
         """Layers that have just become full, or have their budget only now, may take their steps in another way."""
-        if self._mixed:
+        if not self._whole:
             return
         for i, (held, layer) in enumerate(zip(self._held, self._layers, strict=True)):
             thawed = isinstance(held, _Appended) and layer.static is None

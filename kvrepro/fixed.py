@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -63,10 +63,15 @@ def repeats(model: PreTrainedModel, cache: CompressedCache, chunk: int) -> bool:
     return model.device.type == "cuda" and full_and_steady(cache, chunk)
 
 
+def on_several_devices(layers: Sequence[CompressedLayer]) -> bool:
+    """Whether layers that hold slots lie on several devices: no CUDA graph holds a pass through them."""
+    return len({layer.slots.keys.device for layer in layers if layer.slots is not None}) > 1
+
+
 def full_and_steady(cache: CompressedCache, chunk: int) -> bool:
     """Whether reading one more chunk of text is the work of the one before, launch for launch."""
     layers = cache.compressed
-    if len(layers) != len(cache.layers) or cache.method.shares_layers:
+    if len(layers) != len(cache.layers) or cache.method.shares_layers or on_several_devices(layers):
         return False
     return all(
         layer.active

@@ -45,7 +45,7 @@ class Rotation:
         if self.covers(keys.shape[-1]) and kernels.covers(keys):
             from kvrepro.kernels import rotation
 
-            return rotation.rotate(keys, shift, self.inv_freq)
+            return rotation.rotate(keys, shift, self.inv_freq.to(keys.device))
         wide = torch.promote_types(keys.dtype, torch.float32)
         angle = shift.to(wide).unsqueeze(-1) * self.inv_freq.to(keys.device, wide)  # [B, H, S, d_rot / 2]
         half = angle.shape[-1]

@@ -1,0 +1,82 @@
+"""Whether a model whose layers lie on two GPUs writes what it writes on one; for several methods, a line each.
+
+Run from the repository's root on a machine with two GPUs: ``python -m benchmarks.check_devices``. The model has the
+shape of Llama-2-13B and random weights; accelerate puts the layers where they go, as ``device_map="auto"`` does.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import kvrepro
+
+LENGTH, NEW, BUDGET = 1024, 32, 512
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("full", {}),
+    ("streaming_llm", {}),
+    ("h2o", {}),
+    ("d2o", {"layer_budgets": "variance"}),
+    ("weightedkv", {}),
+    ("kvmerger", {}),
+    ("kvslimmer", {}),
+    ("asymkv", {}),
+]
+
+
+def main(shape: str = "llama-2-13b") -> int:
+    """Check all, print one line each; returns the number of failures."""
+    if torch.cuda.device_count() < 2:
+        print("this check needs two GPUs")
+        return 1
+    model, _ = kvrepro.load_model(shape, weights="random", device="cuda:0")
+    ids = torch.randint(model.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to("cuda:0")
+    alone = [written(model, ids, *case) for case in CASES]
+    on_two(model)
+    print(f"{shape} on one GPU, then layers on {sorted({str(p.device) for p in model.parameters()})}")
+    failed = 0
+    for (name, options), expected in zip(CASES, alone, strict=True):
+        start = time.perf_counter()
+        found = written(model, ids, name, options)
+        said = "ok" if found == expected else f"FAILED {found} where one GPU has {expected}"
+        failed += not said.startswith("ok")
+        print(f"{name} {options}: {said} ({time.perf_counter() - start:.1f} s)", flush=True)
+    print(f"{failed} failed")
+    return failed
+
+
+def on_two(model: PreTrainedModel) -> None:
+    """Spread the model over both GPUs."""
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    half = sum(p.numel() * p.element_size() for p in model.parameters()) * 55 // 100
+    apart = infer_auto_device_map(model, {0: half, 1: 2 * half}, no_split_module_classes=model._no_split_modules)
+    dispatch_model(model, apart, skip_keys="past_key_values")
+
+
+def written(
+    model: PreTrainedModel, ids: torch.Tensor, name: str, options: dict[str, Any]
+) -> tuple[list[int], ...] | str:
+    """The tokens that `model.generate` and the package's own `generate` write, or what stopped them."""
+    try:
+        tokens = []
+        for own in (False, True):
+            cache = kvrepro.make_cache(model, name, None if name == "full" else BUDGET, **options)
+            if own:
+                out = kvrepro.generate(model, ids, cache, NEW, chunk=256)
+            else:
+                kvrepro.prefill(model, ids[:, :-1], cache, chunk=256)
+                out = model.generate(ids, past_key_values=cache, max_new_tokens=NEW, do_sample=False)
+            tokens.append(out[0, LENGTH:].tolist())
+        return tuple(tokens)
+    except Exception:  # the next case is worth trying
+        return "error: " + traceback.format_exc(limit=-3)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
