@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvrepro.experiments import curvature, kvslimmer
+from kvrepro.experiments.common import Bench
 from kvrepro.experiments.memory import peak_bytes
 from kvrepro.methods.kvslimmer import merge_share, second_derivatives
+from kvrepro.records import Skip, Value
 from tests.tiny import VOCABULARY, tiny_model
 
 MEGABYTE = 10**6
@@ -109,6 +111,40 @@ def test_the_two_terms_make_the_whole_second_derivative() -> None:
         (slope,) = torch.autograd.grad(loss, step, create_graph=True)
         (second,) = torch.autograd.grad(slope, step)
         assert kept + left == pytest.approx(float(second), rel=1e-4, abs=1e-9)
+
+
+def test_the_last_query_is_not_drawn_and_the_other_draws_stay() -> None:
+    """Its output is in no term of the loss, so both terms are 0 and their share 0/0."""
+    model, ids, half, seed = tiny_model(), tokens(8), 4, 0
+    captured, gradient = curvature.loss_gradient(model, ids, 1)
+    assert gradient[:, :, -1].count_nonzero() == 0
+    alpha, _ = curvature.attention_rows(captured, half)
+    picks = torch.multinomial(alpha[..., :half].flatten(), 8, generator=torch.Generator().manual_seed(seed))
+    earlier = picks[picks // half % half < half - 1]
+    assert 0 < len(earlier) < 8  # the seed draws the last query too
+    draws = curvature._hessian_draws(model, ids, 1, seed)
+    assert len(draws) == 8
+    assert all(kept != 0 and left != 0 for kept, left, _ in draws)
+    weights = [weight for _, _, weight in draws]
+    assert weights[: len(earlier)] == pytest.approx(alpha[..., :half].flatten()[earlier].tolist())
+
+
+def hessian_of(monkeypatch: pytest.MonkeyPatch, draws: list[tuple[float, float, float]]) -> Value:
+    """The record's value for one window with these draws."""
+    monkeypatch.setattr(Bench, "load", lambda _: (tiny_model(), None))
+    monkeypatch.setattr(Bench, "windows", lambda *_: tokens(8))
+    monkeypatch.setattr(curvature, "_hessian_draws", lambda *_, **__: draws)
+    return curvature._hessian(Bench("kvslimmer", "closed_form"), "essays", 1, 8, 1)
+
+
+def test_draws_without_a_share_are_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [(3.0, 1.0, 0.2), (1.0, 1.0, 0.3), (0.0, 2.0, 0.5)]  # 1/4, 1/2, 1
+    found = hessian_of(monkeypatch, [(0.0, 0.0, 1.0), *shares, (0.0, -0.0, 1.0)]).plain()
+    assert (found.value, found.n, found.extra["undefined"]) == (0.5, 3, 2)
+    assert len(found.extra["kept"]) == len(found.extra["alpha"]) == 5
+    assert hessian_of(monkeypatch, shares).extra["undefined"] == 0
+    with pytest.raises(Skip, match="both terms .* are 0 in all 2 draws at layer 1"):
+        hessian_of(monkeypatch, [(0.0, 0.0, 1.0)] * 2)
 
 
 def test_cosines_match_a_loop() -> None:

@@ -17,7 +17,7 @@ from kvrepro import methods
 from kvrepro.experiments.capture import LayerCapture, capture_qkv, recording
 from kvrepro.experiments.common import Bench, as_list
 from kvrepro.methods.kvslimmer import second_derivatives
-from kvrepro.records import Cell, Record, Value
+from kvrepro.records import Cell, Record, Skip, Value
 
 PAPER = "kvslimmer"
 
@@ -71,6 +71,8 @@ def alignment(
 
 def _alignment(bench: Bench, text: str, layer: int, length: int, samples: int, pairs: int) -> Value:
     """Cosines of E with the c_ij over queries and pairs.
+
+    The loss does not depend on the window's last query: its E is 0, and its cosines count as 0.
 
     Returns:
         The value is the correlation over single queries and pairs between cos(E, c11) and -cos(E, c12), mean over
@@ -297,7 +299,7 @@ def raw_share(alpha: Tensor, values: Tensor, output: Tensor) -> Tensor:
 
 
 def _outside(alpha: Tensor, values: Tensor, output: Tensor) -> Tensor:
-    """Whether the paper's share leaves [0, 1], boolean; arguments as :func:`raw_share`."""
+    """Whether the paper's share leaves [0, 1] or is not defined (0/0), boolean; arguments as :func:`raw_share`."""
     share = raw_share(alpha, values, output)
     return ~((share >= 0) & (share <= 1))
 
@@ -308,9 +310,10 @@ def _outside_model(bench: Bench, text: str, layer: int, length: int, samples: in
 
     Returns:
         The value is the share over single queries (second half of the window) and adjacent pairs (first half), mean
-        over windows, its spread the standard error over windows. ``extra``: ``largest`` (upper edges of bins of the
-        larger attention of the pair) with ``outside`` and ``pairs`` in each; ``summed``, the share when the norms are
-        summed over the queries first, as the method does here.
+        over windows, its spread the standard error over windows. A weight of 0/0 counts as outside. ``extra``:
+        ``largest`` (upper edges of bins of the larger attention of the pair) with ``outside`` (null in an empty bin)
+        and ``pairs`` in each; ``summed``, the share when the norms are summed over the queries first, as the method
+        does here.
     """
     model, _ = bench.load()
     edges = torch.tensor([0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0])
@@ -340,7 +343,7 @@ def _outside_model(bench: Bench, text: str, layer: int, length: int, samples: in
 
 
 def _norm_sums(alpha: Tensor, values: Tensor, output: Tensor) -> Tensor:
-    """Whether the share of norms summed over queries leaves [0, 1], ``[pairs]``; ``alpha`` ``[queries, pairs, 2]``."""
+    """Whether the share of norms summed over queries leaves [0, 1] or is 0/0, ``[pairs]``."""
     n11, n22, n12 = (c.squeeze(-2).norm(dim=-1).sum(0) for c in second_derivatives(alpha, values, output))
     share = (n11 - n12) / (n11 - 2 * n12 + n22)
     return ~((share >= 0) & (share <= 1))
@@ -353,8 +356,13 @@ def _hessian(bench: Bench, text: str, layer: int, length: int, samples: int) -> 
     is KVSlimmer's, the second the Gauss-Newton term, taken here as a Hessian-vector product through the layers above.
 
     Returns:
-        The value is the median over draws of |Gauss-Newton| / |whole|. ``extra``: ``kept`` (E.c11), ``left``
-        (Gauss-Newton term) and ``alpha`` of each draw [8 samples].
+        The value is the median over draws of |Gauss-Newton| / |whole|. A draw with both terms exactly 0, such as one
+        whose value equals the output, has no such share: it is left out of the median and of ``n``. ``extra``:
+        ``kept`` (E.c11), ``left`` (Gauss-Newton term) and ``alpha`` of each draw [8 samples]; ``undefined``, the
+        number of draws left out.
+
+    Raises:
+        Skip: No draw has a share.
     """
     model, _ = bench.load()
     kept, left, alphas = [], [], []
@@ -363,14 +371,22 @@ def _hessian(bench: Bench, text: str, layer: int, length: int, samples: int) -> 
             for store, x in zip((kept, left, alphas), draw, strict=True):
                 store.append(x)
     a, b = torch.tensor(kept, dtype=torch.float64), torch.tensor(left, dtype=torch.float64)
-    ratio = b.abs() / (a + b).abs()
-    return Value(float(ratio.median()), None, len(ratio), {"kept": kept, "left": left, "alpha": alphas})
+    defined = (a != 0) | (b != 0)
+    if not defined.any():
+        raise Skip(f"both terms of the second derivative are 0 in all {len(a)} draws at layer {layer}: no share")
+    ratio = (b.abs() / (a + b).abs())[defined]
+    extra = {"kept": kept, "left": left, "alpha": alphas, "undefined": len(a) - len(ratio)}
+    return Value(float(ratio.median()), None, len(ratio), extra)
 
 
 def _hessian_draws(
     model: PreTrainedModel, ids: Tensor, layer: int, seed: int, draws: int = 8
 ) -> list[tuple[float, float, float]]:
-    """E.c11, the Gauss-Newton term and alpha_m for draws of (head, query, token) weighted by their attention."""
+    """E.c11, the Gauss-Newton term and alpha_m for draws of (head, query, token) weighted by their attention.
+
+    Queries are those of the second half but the last, which predicts no token of the window: the loss does not depend
+    on it, and both terms would be 0.
+    """
     # The fused kernels have no second derivative; the plain one has.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), recording(model, [layer], grad=True) as seen:
         loss = _loss(model, ids)
@@ -380,7 +396,9 @@ def _hessian_draws(
             half = ids.shape[1] // 2
             alpha, values = attention_rows(captured, half)  # [H_q, queries, L]
             generator = torch.Generator().manual_seed(seed)
-            picks = torch.multinomial(alpha[..., :half].flatten().cpu(), draws, generator=generator)
+            weights = alpha[..., :half].cpu().clone()
+            weights[:, -1] = 0  # masked, not cut off: the other draws of a seed stay what they are
+            picks = torch.multinomial(weights.flatten(), draws, generator=generator)
         found = []
         for pick in picks.tolist():
             head, rest = divmod(pick, alpha.shape[1] * half)
