@@ -454,6 +454,35 @@ def _number(record: Record, name: str) -> float:
 
 
 @_rule(
+    "One method's time for a task's prompts against another's, as a change in per cent, for every task that the entry "
+    "names; none may lack. Both read the same prompts in turn, and a task's interval is that of a ratio of sums over "
+    "its prompts. Verdicts as for *difference*: every task counts, and one prompt a task can give no more than the "
+    "same direction.",
+    "tasks",
+    "direction",
+)
+def every_task(
+    records: Sequence[Record], effect: float | None, *, tasks: Sequence[str], direction: str = "lower"
+) -> Judged:
+    """Relative runtimes, task by task.
+
+    Args:
+        records: to choose from, whose values are in per cent of the other method's time.
+        effect: the paper's mean change, per cent.
+        tasks: names of the tasks.
+        direction: ``lower`` or ``higher``.
+    """
+    used = [record for name in tasks for record in records if record.cell.params.get("task") == name]
+    measured = {record.cell.params["task"] for record in used}
+    if lacks := [name for name in tasks if name not in measured]:
+        raise Missing(f"no records of {', '.join(lacks)}")
+    found = [
+        with_error(str(r.cell.params["task"]), _number(r, "value") - 100, r.value.spread, r.value.n, "%") for r in used
+    ]
+    return Judged(by_direction(found, direction, effect, FACTOR), found, used)
+
+
+@_rule(
     "Two things measured within one record, such as keys and values of the same windows, compared sample by sample. "
     "Verdicts as for *difference*.",
     "",

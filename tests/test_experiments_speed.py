@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from click.testing import CliRunner
 from benchmarks import __main__ as benchmarks
 from kvrepro import models
 from kvrepro.experiments import speed, targets
+from kvrepro.experiments.common import Variant
 from kvrepro.records import Cell, Record, Store, Value
+from kvrepro.tasks import longbench
 
 TOY = {
     "model_type": "llama",
@@ -46,6 +49,8 @@ PLAN: benchmarks.Plan = {
     ],
 }
 NO_KVPRESS = speed.Kvpress("kvpress_peer.py")
+#: How little is asked of LongBench's prompts.
+LITTLE = {"budget": 40, "chunk": 10, "max_length": 60}
 
 
 @pytest.fixture
@@ -147,6 +152,142 @@ def test_kvpress_answers_become_records(setup: speed.Setup, tmp_path: Path) -> N
     assert prompt.cell.params["peer"] == "kvpress 9.9 snapkv" and prompt.value.extra["versions"] == versions
     assert prompt.cell.options == {"compression_ratio": 0.75}
     assert [record.status for record in failed] == ["oom", "oom"]
+
+
+# --- LongBench's prompts --------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of one token a character, all of which the toy model knows."""
+
+    chat_template = None
+
+    def __call__(self, text: str, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(letter) % 64 for letter in text])
+
+    def decode(self, ids: Sequence[int], **_: object) -> str:
+        return "".join(chr(64 + i) for i in ids)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two tasks in LongBench's files: prompts of 25, 45 and, cut, 60 letters. Returns their folder."""
+    folder = tmp_path / "data/longbench_mini"
+    (folder / "config").mkdir(parents=True)
+    for name, entry in (("dataset2prompt", "{context} {input}?"), ("dataset2maxlen", 4)):
+        (folder / f"config/{name}.json").write_text(json.dumps(dict.fromkeys(("trec", "lcc"), entry)))
+    rows = [
+        {"_id": f"q{i}", "context": "long" * i, "input": "Who", "answers": ["me"], "all_classes": []}
+        for i in (5, 10, 20)
+    ]
+    for name in ("trec", "lcc"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("KVREPRO_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(speed, "_tokenizer", lambda name: Letters())
+    return folder
+
+
+def test_a_task_is_read_by_both_methods_in_turn(
+    setup: speed.Setup, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, done = speed._read, []
+
+    def note(model: Any, ids: torch.Tensor, variant: Variant, budget: int, chunk: int) -> Any:
+        cache = read(model, ids, variant, budget, chunk)
+        done.append((variant.label, ids.shape[1], cache.layers[0].keys.shape[2]))
+        return cache
+
+    monkeypatch.setattr(speed, "_read", note)
+    (record,) = speed.task_runtimes(setup, "trec", samples=3, **LITTLE)
+    assert record.status == "ok", record.reason
+    timed = [(label, length) for label, length, _ in done[2:]]  # what is before warms up
+    assert timed == [(name, n) for n in (25, 45, 60) for name in ("kvslimmer", "asymkv")]
+    assert [length for _, length, _ in done[:2]] == [20, 20]
+    assert all(slots <= 40 for _, _, slots in done)
+    extra, cell = record.value.extra, record.cell
+    assert extra["tokens"] == [25, 45, 60] and extra["ids"] == ["q5", "q10", "q20"] and record.value.n == 3
+    ours, theirs = (sum(extra["seconds"][label]) for label in ("kvslimmer", "asymkv"))
+    assert record.value.value == pytest.approx(100 * ours / theirs, rel=1e-4) and record.value.spread is not None
+    assert (cell.method, cell.data, cell.budget) == ("kvslimmer+asymkv", "longbench_mini/trec", 40)
+    assert cell.data_sha256 == longbench.load("trec", 3).sha256 and cell.unit == "%"
+    assert cell.params["task"] == "trec" and cell.params["hardware"] and cell.params["label"] == "kvslimmer / asymkv"
+    assert cell.options["asymkv"]["fisher"] == "loss" and "variant" in cell.options["kvslimmer"]
+    done.clear()
+    both = speed.task_runtimes(setup, ["trec", "lcc"], samples=3, **LITTLE)
+    assert both[0].key == record.key and len(done) == 2 + 2 * 3  # a task that was measured is not read again
+    table = targets.board(both)
+    assert list(table.task) == ["trec", "lcc"] and not targets.plain(table).empty
+
+
+def test_tasks_without_data_are_skipped_and_damaged_ones_are_an_error(
+    setup: speed.Setup, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed.Setup, "load", lambda self: pytest.fail("the model was loaded"))
+    (prompts / "trec.jsonl").write_text("{")
+    (prompts / "lcc.jsonl").write_text("")
+    damaged, empty, gone = speed.task_runtimes(setup, ["trec", "lcc", "qasper"], **LITTLE)
+    assert damaged.status == "error" and "trec.jsonl is damaged: line 1 is no JSON" in damaged.reason
+    assert (empty.status, empty.reason) == ("skipped", "longbench_mini/lcc has no samples")
+    assert gone.status == "error" and "no such entry for qasper" in gone.reason
+    (prompts / "lcc.jsonl").unlink()
+    (gone,) = speed.task_runtimes(setup, "lcc", **LITTLE)
+    assert gone.status == "skipped" and gone.reason.startswith("KVREPRO_DATA_DIR/longbench_mini/lcc.jsonl is missing")
+    assert str(prompts.parent) not in damaged.reason + gone.reason
+    monkeypatch.delenv("KVREPRO_DATA_DIR")
+    (none,) = speed.task_runtimes(setup, "musique", **LITTLE)
+    assert none.status == "skipped" and "KVREPRO_DATA_DIR names, which is not set" in none.reason
+    assert none.cell.data == "longbench/musique" and none.cell.data_sha256 == "not there"
+
+
+def test_a_tokenizer_that_the_shape_does_not_know_is_an_error(
+    setup: speed.Setup, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.SHAPES, "toy", {**TOY, "vocab_size": 60})
+    models.identity.cache_clear()
+    (record,) = speed.task_runtimes(setup, "trec", samples=1, **LITTLE)
+    assert record.status == "error" and "toy knows 60 tokens: choose a shape with a larger" in record.reason
+
+
+def test_a_task_without_memory_names_the_method(
+    setup: speed.Setup, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = speed._read
+
+    def fail(model: Any, ids: torch.Tensor, variant: Variant, *rest: Any) -> Any:
+        if variant.method == "asymkv" and ids.shape[1] == 60:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        return read(model, ids, variant, *rest)
+
+    monkeypatch.setattr(speed, "_read", fail)
+    (full,) = speed.task_runtimes(setup, "trec", samples=3, **LITTLE)
+    assert full.status == "oom" and "asymkv: tried to allocate 20 GiB" in full.reason
+    (short,) = speed.task_runtimes(setup, "trec", samples=2, **LITTLE)
+    assert short.status == "ok" and short.value.n == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tasks": "quasper"}, "longbench has no task 'quasper'"),
+        ({"pair": ["kvslimmer"]}, "must be two methods"),
+        ({"pair": ["kvslimmer", "h3o"]}, "unknown method 'h3o'"),
+        ({"chunk": 0}, "chunk=0 must be 1 or more"),
+        ({"max_length": 1}, "max_length=1 2 or more"),
+        ({"samples": 0}, "samples=0 must be 1 or more"),
+    ],
+)
+def test_bad_requests_for_tasks(setup: speed.Setup, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        speed.task_runtimes(setup, **{"tasks": "trec", **given})
+
+
+def test_the_error_of_a_ratio_is_of_what_it_leaves() -> None:
+    over, under = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])
+    assert speed.ratio_of_sums(over, under) == (0.5, 0.0)  # prompts differ in length, not in ratio
+    # sums 6 and 6, ratio 1; left over: 1, -2, 1, of variance 3; mean of the second 2
+    ratio, error = speed.ratio_of_sums(torch.tensor([2.0, 1.0, 3.0]), torch.tensor([1.0, 3.0, 2.0]))
+    assert ratio == 1.0 and error == pytest.approx((3 / 3) ** 0.5 / 2)
+    assert speed.ratio_of_sums(over[:1], under[:1]) == (0.5, None)
 
 
 # --- targets --------------------------------------------------------------------------------------------------------

@@ -21,10 +21,12 @@ from kvrepro.book.ledger_page import ledger_page
 from kvrepro.book.pages import published_table, variants_table
 from kvrepro.book.parameters import check, defaults, parse
 from kvrepro.cli import cli, main
-from kvrepro.experiments import across
+from kvrepro.experiments import across, speed
+from kvrepro.experiments.common import parse_variants
 from kvrepro.ledger import Claim, Entry, current, judge, ledger, newest, published, read_claims, select
 from kvrepro.records import Cell, Record, Value
 from kvrepro.rules import CONTRADICTED, NOT_REPRODUCED, NOT_RUN, REPRODUCED, RULES, SAME, VERDICTS, Missing
+from kvrepro.tasks import longbench
 
 CODE = fingerprint.fingerprint(across.same_bytes, "h2o")
 CLAIMS = read_claims()
@@ -100,7 +102,7 @@ class TestFile:
             assert not one.page or one.page in notebooks, one.id
             words = shlex.split(one.command)
             if words[:2] == ["kvrepro", "run"]:
-                name, rest = words[2], [word for word in words[3:] if word not in ("--profile", "paper")]
+                name, rest = words[2], [word for word in words[3:] if word not in ("--profile", "paper", "gpu")]
                 check(name, defaults(notebooks[name].source), parse(rest))
             elif words[:1] == ["kvrepro"]:
                 command: click.Command = cli
@@ -267,6 +269,25 @@ class TestRules:
     def test_change(self, ours: float, spread: float | None, effect: float | None, expected: str) -> None:
         records = [record("a", ours, spread, length=1), record("b", 100.0, spread, length=1)]
         assert verdict("change", records, effect, of="a", against="b", measure="value") == expected
+
+    @pytest.mark.parametrize(
+        ("ratios", "expected"),
+        [
+            ((30.0, 60.0), REPRODUCED),
+            ((30.0, 96.0), NOT_REPRODUCED),  # a standard error of 1, three prompts: within 4.3
+            ((30.0, 110.0), CONTRADICTED),  # on every task
+        ],
+    )
+    def test_every_task(self, ratios: tuple[float, float], expected: str) -> None:
+        records = [record("a / b", value, 1.0, n=3, task=task) for value, task in zip(ratios, "xy", strict=True)]
+        judged = RULES["every_task"].judge(records, None, tasks=["x", "y"])
+        assert judged.verdict == expected and len(judged.records) == 2
+        assert [c.name for c in judged.comparisons] == ["x", "y"]
+        assert judged.comparisons[0].mean == -70 and judged.comparisons[0].high == pytest.approx(-70 + 4.30)
+        once = [record("a / b", value, None, n=1, task=task) for value, task in zip(ratios, "xy", strict=True)]
+        assert verdict("every_task", once, tasks=["x", "y"]) == (SAME if ratios[1] < 100 else NOT_REPRODUCED)
+        with pytest.raises(Missing, match="no records of z"):
+            verdict("every_task", records, tasks=["x", "y", "z"])
 
     @pytest.mark.parametrize(("ours", "expected"), [(99.0, NOT_REPRODUCED), (97.0, REPRODUCED), (103.0, CONTRADICTED)])
     def test_a_change_below_the_least_counts_as_none(self, ours: float, expected: str) -> None:
@@ -471,10 +492,32 @@ class TestRealLedger:
 
     def test_rules_name_what_is_published(self, entries: list[Entry]) -> None:
         """A selection that misses its records by a misspelling would pass as not run: only these may find none."""
-        absent = {"weightedkv/perplexity", "across/longbench"}
+        absent = {"weightedkv/perplexity", "across/longbench", "kvslimmer/efficiency"}
         for entry in entries:
             if entry.claim.rule and entry.verdict == NOT_RUN:
                 assert entry.claim.page in absent and entry.claim.not_run, entry.claim.id
+
+    def test_runtimes_over_longbench_are_what_the_gpu_profile_measures(self) -> None:
+        """The rule's selection and tasks are the page's: a misspelling would pass as not run."""
+        one = next(c for c in CLAIMS if c.id == "kvslimmer-runtime-longbench")
+        given = next(n for n in Project(ROOT).notebooks() if n.name == one.page).parameters("gpu")
+        where = one.rule["where"]
+        assert {name: given[name] for name in ("budget", "chunk", "max_length")}.items() <= where.items()
+        assert one.rule["tasks"] == given["tasks"] == list(longbench.NAMES)
+        setup = speed.Setup(given["shape"], "cpu")
+        cells = [
+            speed._task_cell(
+                setup, parse_variants(["kvslimmer", "asymkv"]), name, None, given["samples"], budget=given["budget"],
+                chunk=given["chunk"], max_length=given["max_length"], tokenizer="smollm2-135m",
+            )
+            for name in given["tasks"]
+        ]  # fmt: skip
+        about = {"commit": "c" * 40, "date": "2026-01-01", "module": speed.__name__, "code": CODE}
+        made = [Record(cell.identity, cell, Value(30.0, 1.0, 3), "ok", "", about) for cell in cells]
+        assert judge(one, made).verdict == REPRODUCED
+        entry = judge(one, made[1:])
+        assert entry.verdict == NOT_RUN and "KVREPRO_DATA_DIR" in entry.reason
+        assert "kvrepro run kvslimmer/efficiency --profile gpu" in ledger_page([entry])
 
     def test_page(self, entries: list[Entry]) -> None:
         page = ledger_page(entries)

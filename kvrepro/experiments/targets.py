@@ -101,6 +101,7 @@ _COLUMNS = (
         "piece",
         "method",
         "peer",
+        "task",
         "length",
         "slots",
         "batch",
@@ -117,7 +118,7 @@ def _row(table: Board, record: Record) -> dict[str, Any]:
     compiled = ", compiled" if cell.params.get("compile") else ""
     row: dict[str, Any] = {
         name: cell.params.get(name)
-        for name in ("hardware", "dtype", "label", "chunk", "peer", "length", "slots", "batch")
+        for name in ("hardware", "dtype", "label", "chunk", "peer", "task", "length", "slots", "batch")
     }
     row["model"] = cell.model
     row |= {"piece": cell.experiment, "method": cell.params["label"] + compiled, "value": value, "unit": cell.unit}
