@@ -72,7 +72,7 @@ def alignment(
 def _alignment(bench: Bench, text: str, layer: int, length: int, samples: int, pairs: int) -> Value:
     """Cosines of E with the c_ij over queries and pairs.
 
-    The loss does not depend on the window's last query: its E is 0, and its cosines count as 0.
+    The window's last query is left out: the loss does not depend on it.
 
     Returns:
         The value is the correlation over single queries and pairs between cos(E, c11) and -cos(E, c12), mean over
@@ -147,14 +147,18 @@ def attention_rows(captured: LayerCapture, start: int) -> tuple[Tensor, Tensor]:
 
 
 def _cosines(captured: LayerCapture, gradient: Tensor, pairs: int) -> Tensor:
-    """Cosines ``[H_q, queries * pairs, 3]`` of E with c11, c22, c12: queries of the second half, pairs of the first."""
+    """Cosines ``[H_q, queries * pairs, 3]`` of E with c11, c22, c12.
+
+    Queries of the second half but the last, which predicts nothing; pairs of the first half.
+    """
     half = gradient.shape[2] // 2
     alpha, values = attention_rows(captured, half)
+    alpha = alpha[:, :-1]
     left = torch.linspace(0, half - 2, pairs, device=alpha.device).round().long()
     both = torch.stack([left, left + 1], dim=1)  # [pairs, 2]
-    output = _wide(captured.outputs[0, :, half:].detach())  # [H_q, queries, d]
+    output = _wide(captured.outputs[0, :, half:-1].detach())  # [H_q, queries, d]
     curvature = second_derivatives(alpha[:, :, both], values[:, None, both], output[:, :, None])
-    error = _wide(gradient[0, :, half:])[:, :, None]  # [H_q, queries, 1, d]
+    error = _wide(gradient[0, :, half:-1])[:, :, None]  # [H_q, queries, 1, d]
     return torch.stack([cosine_similarity(error, c.squeeze(-2), dim=-1) for c in curvature], dim=-1).flatten(1, 2)
 
 
