@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from benchmarks import __main__ as benchmarks
 from kvrepro import models
-from kvrepro.experiments import speed, targets
+from kvrepro.experiments import speed, targets, task_runtimes
 from kvrepro.experiments.common import Variant
 from kvrepro.records import Cell, Record, Store, Value
 from kvrepro.tasks import longbench
@@ -104,14 +104,14 @@ def test_sizes_are_the_models_own(setup: speed.Setup) -> None:
 
 
 def test_running_out_of_memory_costs_one_record(setup: speed.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = speed._read
+    read = speed.read_prompt
 
     def fail(model: Any, ids: torch.Tensor, variant: Any, *rest: Any) -> Any:
         if variant.method == "h2o":
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         return read(model, ids, variant, *rest)
 
-    monkeypatch.setattr(speed, "_read", fail)
+    monkeypatch.setattr(speed, "read_prompt", fail)
     records = speed.prefill(setup, [32], ["h2o", "streaming_llm"], repeats=1)
     assert [record.status for record in records] == ["ok", "oom", "ok"]
     assert "20 GiB" in records[1].reason and records[1].cell.params["length"] == 32
@@ -183,22 +183,22 @@ def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("trec", "lcc"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("KVREPRO_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setattr(speed, "_tokenizer", lambda name: Letters())
+    monkeypatch.setattr(task_runtimes, "_tokenizer", lambda name: Letters())
     return folder
 
 
 def test_a_task_is_read_by_both_methods_in_turn(
     setup: speed.Setup, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, done = speed._read, []
+    read, done = speed.read_prompt, []
 
     def note(model: Any, ids: torch.Tensor, variant: Variant, budget: int, chunk: int) -> Any:
         cache = read(model, ids, variant, budget, chunk)
         done.append((variant.label, ids.shape[1], cache.layers[0].keys.shape[2]))
         return cache
 
-    monkeypatch.setattr(speed, "_read", note)
-    (record,) = speed.task_runtimes(setup, "trec", samples=3, **LITTLE)
+    monkeypatch.setattr(speed, "read_prompt", note)
+    (record,) = task_runtimes.task_runtimes(setup, "trec", samples=3, **LITTLE)
     assert record.status == "ok", record.reason
     timed = [(label, length) for label, length, _ in done[2:]]  # what is before warms up
     assert timed == [(name, n) for n in (25, 45, 60) for name in ("kvslimmer", "asymkv")]
@@ -213,7 +213,7 @@ def test_a_task_is_read_by_both_methods_in_turn(
     assert cell.params["task"] == "trec" and cell.params["hardware"] and cell.params["label"] == "kvslimmer / asymkv"
     assert cell.options["asymkv"]["fisher"] == "loss" and "variant" in cell.options["kvslimmer"]
     done.clear()
-    both = speed.task_runtimes(setup, ["trec", "lcc"], samples=3, **LITTLE)
+    both = task_runtimes.task_runtimes(setup, ["trec", "lcc"], samples=3, **LITTLE)
     assert both[0].key == record.key and len(done) == 2 + 2 * 3  # a task that was measured is not read again
     table = targets.board(both)
     assert list(table.task) == ["trec", "lcc"] and not targets.plain(table).empty
@@ -225,16 +225,16 @@ def test_tasks_without_data_are_skipped_and_damaged_ones_are_an_error(
     monkeypatch.setattr(speed.Setup, "load", lambda self: pytest.fail("the model was loaded"))
     (prompts / "trec.jsonl").write_text("{")
     (prompts / "lcc.jsonl").write_text("")
-    damaged, empty, gone = speed.task_runtimes(setup, ["trec", "lcc", "qasper"], **LITTLE)
+    damaged, empty, gone = task_runtimes.task_runtimes(setup, ["trec", "lcc", "qasper"], **LITTLE)
     assert damaged.status == "error" and "trec.jsonl is damaged: line 1 is no JSON" in damaged.reason
     assert (empty.status, empty.reason) == ("skipped", "longbench_mini/lcc has no samples")
     assert gone.status == "error" and "no such entry for qasper" in gone.reason
     (prompts / "lcc.jsonl").unlink()
-    (gone,) = speed.task_runtimes(setup, "lcc", **LITTLE)
+    (gone,) = task_runtimes.task_runtimes(setup, "lcc", **LITTLE)
     assert gone.status == "skipped" and gone.reason.startswith("KVREPRO_DATA_DIR/longbench_mini/lcc.jsonl is missing")
     assert str(prompts.parent) not in damaged.reason + gone.reason
     monkeypatch.delenv("KVREPRO_DATA_DIR")
-    (none,) = speed.task_runtimes(setup, "musique", **LITTLE)
+    (none,) = task_runtimes.task_runtimes(setup, "musique", **LITTLE)
     assert none.status == "skipped" and "KVREPRO_DATA_DIR names, which is not set" in none.reason
     assert none.cell.data == "longbench/musique" and none.cell.data_sha256 == "not there"
 
@@ -244,24 +244,24 @@ def test_a_tokenizer_that_the_shape_does_not_know_is_an_error(
 ) -> None:
     monkeypatch.setitem(models.SHAPES, "toy", {**TOY, "vocab_size": 60})
     models.identity.cache_clear()
-    (record,) = speed.task_runtimes(setup, "trec", samples=1, **LITTLE)
+    (record,) = task_runtimes.task_runtimes(setup, "trec", samples=1, **LITTLE)
     assert record.status == "error" and "toy knows 60 tokens: choose a shape with a larger" in record.reason
 
 
 def test_a_task_without_memory_names_the_method(
     setup: speed.Setup, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = speed._read
+    read = speed.read_prompt
 
     def fail(model: Any, ids: torch.Tensor, variant: Variant, *rest: Any) -> Any:
         if variant.method == "asymkv" and ids.shape[1] == 60:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         return read(model, ids, variant, *rest)
 
-    monkeypatch.setattr(speed, "_read", fail)
-    (full,) = speed.task_runtimes(setup, "trec", samples=3, **LITTLE)
+    monkeypatch.setattr(speed, "read_prompt", fail)
+    (full,) = task_runtimes.task_runtimes(setup, "trec", samples=3, **LITTLE)
     assert full.status == "oom" and "asymkv: tried to allocate 20 GiB" in full.reason
-    (short,) = speed.task_runtimes(setup, "trec", samples=2, **LITTLE)
+    (short,) = task_runtimes.task_runtimes(setup, "trec", samples=2, **LITTLE)
     assert short.status == "ok" and short.value.n == 2
 
 
@@ -278,16 +278,16 @@ def test_a_task_without_memory_names_the_method(
 )
 def test_bad_requests_for_tasks(setup: speed.Setup, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        speed.task_runtimes(setup, **{"tasks": "trec", **given})
+        task_runtimes.task_runtimes(setup, **{"tasks": "trec", **given})
 
 
 def test_the_error_of_a_ratio_is_of_what_it_leaves() -> None:
     over, under = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])
-    assert speed.ratio_of_sums(over, under) == (0.5, 0.0)  # prompts differ in length, not in ratio
+    assert task_runtimes.ratio_of_sums(over, under) == (0.5, 0.0)  # prompts differ in length, not in ratio
     # sums 6 and 6, ratio 1; left over: 1, -2, 1, of variance 3; mean of the second 2
-    ratio, error = speed.ratio_of_sums(torch.tensor([2.0, 1.0, 3.0]), torch.tensor([1.0, 3.0, 2.0]))
+    ratio, error = task_runtimes.ratio_of_sums(torch.tensor([2.0, 1.0, 3.0]), torch.tensor([1.0, 3.0, 2.0]))
     assert ratio == 1.0 and error == pytest.approx((3 / 3) ** 0.5 / 2)
-    assert speed.ratio_of_sums(over[:1], under[:1]) == (0.5, None)
+    assert task_runtimes.ratio_of_sums(over[:1], under[:1]) == (0.5, None)
 
 
 # --- targets --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """Time and memory of prompts, merging, decoding and batches, each beside its peers and its floor.
 
-The models have random weights and read random tokens (:func:`task_runtimes`: LongBench's prompts): neither changes what
-is computed, but for methods that look for similar keys. Every measurement is a cell of its own, so that what one of
-them lacks (memory, a peer, data) costs no other.
+The models have random weights and read random tokens: neither changes what is computed, but for methods that look for
+similar keys. Every measurement is a cell of its own, so that what one of them lacks (memory, a peer) costs no other.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -35,9 +34,6 @@ from kvrepro.experiments.common import Job, Variant, as_list, parse_variants
 from kvrepro.experiments.memory import peak_bytes
 from kvrepro.provenance import device_name
 from kvrepro.records import Cell, Record, Skip, Store, Value
-from kvrepro.tasks import longbench
-from kvrepro.tasks.base import MissingData, Task, check_count, encode, pick, render
-from kvrepro.texts import DATA_VARIABLE
 
 PAPER = "speed"
 #: Steps before the timed ones, by device: kernels are compiled, a graph is captured.
@@ -65,10 +61,10 @@ def _loaded(shape: str, device: str | None, dtype: str | None, seed: int) -> Pre
 def release() -> None:
     """Let go of the loaded model and of the memory that PyTorch keeps for later."""
     _loaded.cache_clear()
-    _free()
+    free()
 
 
-def _free() -> None:
+def free() -> None:
     """Give cached memory back, so that a cell starts with all of it."""
     if torch.cuda.is_initialized():
         gc.collect()
@@ -193,7 +189,7 @@ class Clock:
         return torch.tensor(between, dtype=torch.float64)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """Wall time of ``run()``, the device's queue emptied before and after."""
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     sync()
@@ -242,7 +238,7 @@ def _matmul_speed(setup: Setup) -> Value:
 
 def _rate(run: Callable[[], object], amount: int, name: str, device: torch.device, repeats: int = 9) -> Value:
     """``amount`` a second, in the fastest of ``repeats`` runs after two that warm up: what can be reached."""
-    times = [_seconds(run, device) for _ in range(repeats + 2)][2:]
+    times = [seconds_of(run, device) for _ in range(repeats + 2)][2:]
     rates = amount / torch.tensor(times, dtype=torch.float64)
     return Value(float(rates.max()), None, repeats, {"times": times, name: amount})
 
@@ -349,7 +345,7 @@ def _read_plain(model: PreTrainedModel, ids: Tensor) -> DynamicCache:
     return cache
 
 
-def _read(model: PreTrainedModel, ids: Tensor, variant: Variant, budget: int | float, chunk: int | None) -> Any:
+def read_prompt(model: PreTrainedModel, ids: Tensor, variant: Variant, budget: int | float, chunk: int | None) -> Any:
     """Read a prompt ``[B, L]`` through the package's cache."""
     cache = _cache(model, variant, budget)
     kvrepro.prefill(model, ids, cache, chunk=chunk)
@@ -419,18 +415,18 @@ def _prefill(
         cache at the end; ``floor`` in seconds and what it was counted from (:class:`Work`).
     """
     model = setup.load()
-    _free()
+    free()
     ids = setup.tokens(length)
     if label is None:
         run: Callable[[], Any] = partial(_read_plain, model, ids)
         held = length
     else:
         variant = Variant.parse(label)
-        run = partial(_read, model, ids, variant, budget, chunk)
+        run = partial(read_prompt, model, ids, variant, budget, chunk)
         held = length if variant.method == "full" else kvrepro.cache.slots_of(budget, length)
     if length > LONG:
         warm = ids[:, : 2 * (chunk or SHORT)]
-        _ = _read_plain(model, warm) if label is None else _read(model, warm, variant, budget, chunk)
+        _ = _read_plain(model, warm) if label is None else read_prompt(model, warm, variant, budget, chunk)
         del _
     cache, peak, seconds = _timed_peak(run, model.device)
     shape = Shape.of(model)
@@ -438,7 +434,7 @@ def _prefill(
     del cache
     first = [seconds] if length > LONG else []
     times = torch.tensor(
-        [*first, *(_seconds(run, model.device) for _ in range(repeats - len(first)))], dtype=torch.float64
+        [*first, *(seconds_of(run, model.device) for _ in range(repeats - len(first)))], dtype=torch.float64
     )
     return _median(times, {**extra, **shape.reading(length, chunk, held).floor(setup)})
 
@@ -446,7 +442,7 @@ def _prefill(
 def _timed_peak(run: Callable[[], Any], device: torch.device) -> tuple[Any, int, float]:
     """What ``run()`` gives, the most bytes it holds, and its seconds (meaningless on a CPU, where watching is slow)."""
     found: list[Any] = []
-    seconds, peak = peak_bytes(lambda: _seconds(lambda: found.append(run()), device), device)
+    seconds, peak = peak_bytes(lambda: seconds_of(lambda: found.append(run()), device), device)
     return found.pop(), peak, seconds
 
 
@@ -487,7 +483,7 @@ def _merging(setup: Setup, label: str, length: int, budget: int | float, repeats
         ``floor``: the slots' bytes read once and the kept ones written.
     """
     model, ids, variant = setup.load(), setup.tokens(length), Variant.parse(label)
-    _free()
+    free()
 
     def run() -> tuple[CompressedCache, Callable[[], float]]:
         cache = _cache(model, variant, budget)
@@ -501,7 +497,7 @@ def _merging(setup: Setup, label: str, length: int, budget: int | float, repeats
     within, whole = [], []
     for _ in range(repeats):
         found: list[Callable[[], float]] = []
-        whole.append(_seconds(lambda found=found: found.append(run()[1]), model.device))
+        whole.append(seconds_of(lambda found=found: found.append(run()[1]), model.device))
         within.append(found[0]())
     times, total = torch.tensor(within, dtype=torch.float64), torch.tensor(whole, dtype=torch.float64)
     extra = {"prefill": total, "share": float((times / total).median()), "peak": peak, "cache": held}
@@ -576,7 +572,7 @@ def _decode(
         and of what the steps add to it at the most; ``cache``, bytes after the last step; ``floor``, in ms.
     """
     model, variant = setup.load(), Variant.parse(label)
-    _free()
+    free()
     cycle = 1 if peer == TRANSFORMERS else _cycle(variant, slots)
     steps = -(-steps // cycle) * cycle
     skipped = SKIPPED[model.device.type] + (2 * cycle if cycle > 1 else 0)
@@ -587,7 +583,7 @@ def _decode(
         if peer == TRANSFORMERS:
             return _repeated(_read_plain(model, ids[:, :-1]), rows)
         known = ids if peer is None else ids[:, :-1]
-        return _repeated(_read(model, known, variant, slots, None), rows)
+        return _repeated(read_prompt(model, known, variant, slots, None), rows)
 
     def write(cache: Any) -> tuple[Clock, float, bool]:
         if peer is None:
@@ -725,10 +721,12 @@ def _throughput(
         a step, and what it was counted from.
     """
     model, ids = setup.load(), setup.tokens(length)
-    _free()
+    free()
 
     def read() -> Any:
-        return _read_plain(model, ids) if label is None else _read(model, ids, Variant.parse(label), budget, chunk)
+        return (
+            _read_plain(model, ids) if label is None else read_prompt(model, ids, Variant.parse(label), budget, chunk)
+        )
 
     def attempt(rows: int) -> tuple[Tensor, int] | None:
         try:
@@ -783,7 +781,7 @@ def _estimate(device: torch.device, row: int, limit: int) -> int:
     """Rows whose caches fill nine tenths of the memory that is free now, at least 1 and at most ``limit``."""
     if device.type != "cuda":
         return limit
-    _free()
+    free()
     return max(1, min(limit, int(0.9 * torch.cuda.mem_get_info(device)[0] / row)))
 
 
@@ -807,7 +805,7 @@ def largest_batch(
     rows = max(1, min(guess, limit))
     while fails - fits > max(1, fits // 16):
         found = attempt(rows)
-        _free()
+        free()
         tried.append((rows, found is not None))
         if found is None:
             fails = rows
@@ -864,7 +862,7 @@ def _perplexity(setup: Setup, label: str, budget: int, window: int, rows: int, r
         seconds that the steps after the budget need, each reading weights and caches once.
     """
     model, variant = setup.load(), Variant.parse(label)
-    _free()
+    free()
     ids = setup.tokens(window, rows)
 
     def run() -> None:
@@ -873,7 +871,7 @@ def _perplexity(setup: Setup, label: str, budget: int, window: int, rows: int, r
         )
 
     _, peak = peak_bytes(run, model.device)
-    times = torch.tensor([_seconds(run, model.device) for _ in range(repeats)], dtype=torch.float64)
+    times = torch.tensor([seconds_of(run, model.device) for _ in range(repeats)], dtype=torch.float64)
     shape = Shape.of(model)
     one = shape.step(rows, rows * budget * shape.slot)
     steps = max(1, window - budget)
@@ -889,11 +887,11 @@ def _plain_loop(setup: Setup, label: str, budget: int, steps: int, repeats: int)
         ``floor``, the seconds that reading the weights and the cache ``steps`` times takes.
     """
     model, variant = setup.load(), Variant.parse(label)
-    _free()
+    free()
     ids = setup.tokens(budget + 1)
-    cache = _read(model, ids, variant, budget, None)
+    cache = read_prompt(model, ids, variant, budget, None)
     _, peak = peak_bytes(partial(_loop, model, cache, 1, SKIPPED[model.device.type], ids), model.device)
-    times = [_seconds(partial(_loop, model, cache, 1, steps, ids), model.device) for _ in range(repeats)]
+    times = [seconds_of(partial(_loop, model, cache, 1, steps, ids), model.device) for _ in range(repeats)]
     shape = Shape.of(model)
     one = shape.step(1, budget * shape.slot)
     extra = {"times": times, "peak": peak, **Work(steps * one.flops, steps * one.bytes).floor(setup)}
@@ -904,187 +902,6 @@ def _rates(rates: Tensor, extra: dict[str, Any]) -> Value:
     """The median of ``rates`` ``[n]`` with its standard error."""
     error = 1.25 * float(rates.std()) / len(rates) ** 0.5 if len(rates) > 1 else None
     return Value(float(rates.median()), error, len(rates), extra)
-
-
-# --- LongBench's prompts ---------------------------------------------------------------------------------------------
-
-
-def task_runtimes(
-    setup: Setup,
-    tasks: str | Sequence[str],
-    pair: Sequence[str] = ("kvslimmer", "asymkv"),
-    *,
-    budget: int | float = 2080,
-    chunk: int = 512,
-    samples: int | None = 3,
-    max_length: int = 7500,
-    tokenizer: str = models.DEFAULT,
-) -> list[Record]:
-    """Time of reading LongBench's prompts with one method, in per cent of another's.
-
-    Args:
-        setup: model and device. What decides the time is how many tokens a prompt has, not what the weights say.
-        tasks: names in `kvrepro.tasks.longbench.NAMES`.
-        pair: two methods or variants, the one whose time is given first.
-        budget: slots per KV head and layer, or a share of the prompt.
-        chunk: tokens read at a time.
-        samples: prompts a task, the first ones; None is all.
-        max_length: tokens of a prompt at most, the chat template not counted; longer ones lose their middle.
-        tokenizer: model whose tokenizer reads the prompts.
-
-    Returns:
-        One record a task, see :func:`_task_runtime`; ``skipped``, with the reason, where the data are not there, and
-        ``error`` where a file is damaged.
-
-    Raises:
-        ValueError: an unknown task, method or option, not two methods, or a number out of range.
-    """
-    variants = parse_variants(pair)
-    if len(variants) != 2:
-        raise ValueError(
-            f"pair={list(pair)} must be two methods: the first's time is given in per cent of the second's"
-        )
-    if chunk < 1 or max_length < 2:
-        raise ValueError(f"chunk={chunk} must be 1 or more, max_length={max_length} 2 or more")
-    check_count(samples)
-    labels = tuple(variant.label for variant in variants)
-    ask = partial(_task_cell, setup, variants, budget=budget, chunk=chunk, max_length=max_length, tokenizer=tokenizer)
-    jobs: list[Job] = []
-    for name in [pick(longbench.NAMES, name, longbench.SUITE) for name in as_list(tasks)]:
-        try:
-            task = longbench.load(name, samples)
-        except ValueError as error:
-            jobs.append((ask(name, None, samples), partial(_fail, _without_folder(error))))
-            continue
-        run = partial(_task_runtime, setup, task, labels, budget, chunk, max_length, tokenizer)
-        jobs.append((ask(name, task, len(task.samples)), run))
-    return sweep(jobs, "task_runtimes")
-
-
-def _task_cell(
-    setup: Setup,
-    variants: Sequence[Variant],
-    name: str,
-    task: Task | None,
-    samples: int | None,
-    *,
-    budget: int | float,
-    **params: object,
-) -> Cell:
-    """The cell of one task and two methods; without its data it cannot name their sha256."""
-    single = [
-        setup.cell(
-            "task_runtimes", "relative runtime", "%", method=v, budget=budget, task=name, samples=samples, **params
-        )
-        for v in variants
-    ]
-    labels = [variant.label for variant in variants]
-    return replace(
-        single[0],
-        method="+".join(cell.method for cell in single),
-        options={label: cell.options for label, cell in zip(labels, single, strict=True)},
-        data=task.data if task else f"{longbench.SUITE}/{name}",
-        data_sha256=task.sha256 if task else "not there",
-        params={**single[0].params, "label": " / ".join(labels)},
-    )
-
-
-def _without_folder(error: ValueError) -> Exception:
-    """Why a task cannot be loaded, without where on this machine the data folder is; missing data are skipped."""
-    message, named = str(error), os.environ.get(DATA_VARIABLE)
-    if named:
-        message = message.replace(str(Path(named).expanduser()), DATA_VARIABLE)
-    return Skip(message) if isinstance(error, MissingData) else ValueError(message)
-
-
-def _fail(problem: Exception) -> Value:
-    """In place of measuring a task that could not be loaded."""
-    raise problem
-
-
-def _task_runtime(
-    setup: Setup,
-    task: Task,
-    labels: tuple[str, str],
-    budget: int | float,
-    chunk: int,
-    max_length: int,
-    tokenizer: str,
-) -> Value:
-    """Read every prompt of a task with two methods in turn: a machine that slows down meanwhile slows both alike.
-
-    To warm up, both read all prompts once before on a GPU; elsewhere the beginning of one.
-
-    Returns:
-        The value is the first method's time for all prompts in per cent of the second's, see :func:`ratio_of_sums`; n
-        counts prompts, each timed once. ``extra``: ``ids`` and ``tokens`` of the prompts, and ``seconds``, by method.
-
-    Raises:
-        Skip: the task has no samples.
-        ValueError: the tokenizer writes tokens that the model does not know.
-    """
-    if not task.samples:
-        raise Skip(f"{task.data} has no samples")
-    prompts = _prompts(setup, task, max_length, tokenizer)
-    model = setup.load()
-    _free()
-    warm = prompts if model.device.type == "cuda" else [prompts[0][:, : 2 * chunk]]  # kernels are compiled by size
-    for ids, label in product(warm, labels):
-        _timed_read(model, ids, label, budget, chunk)
-    turns = [[_timed_read(model, ids, label, budget, chunk) for label in labels] for ids in prompts]
-    times = torch.tensor(turns, dtype=torch.float64)  # [prompts, 2]
-    ratio, error = ratio_of_sums(times[:, 0], times[:, 1])
-    extra = {
-        "ids": [sample.id for sample in task.samples],
-        "tokens": [ids.numel() for ids in prompts],
-        "seconds": {label: times[:, place] for place, label in enumerate(labels)},
-    }
-    return Value(100 * ratio, None if error is None else 100 * error, len(prompts), extra)
-
-
-_tokenizer = lru_cache(maxsize=1)(models.load_tokenizer)
-
-
-def _prompts(setup: Setup, task: Task, max_length: int, tokenizer: str) -> list[Tensor]:
-    """The prompts of a task ``[1, L]`` as LongBench asks them, on the device.
-
-    Raises:
-        ValueError: a token is none of the model's.
-    """
-    reader = _tokenizer(tokenizer)
-    found = [encode(reader, task, render(reader, task, sample, max_length)) for sample in task.samples]
-    highest, vocabulary = max(int(ids.max()) for ids in found), models.shape(setup.shape).vocab_size
-    if highest >= vocabulary:
-        raise ValueError(
-            f"{tokenizer}'s tokenizer writes token {highest}, but {setup.shape} knows {vocabulary} tokens: choose a "
-            "shape with a larger vocabulary"
-        )
-    return [ids.to(setup.place) for ids in found]
-
-
-def _timed_read(model: PreTrainedModel, ids: Tensor, label: str, budget: int | float, chunk: int) -> float:
-    """Seconds of reading one prompt.
-
-    Raises:
-        torch.OutOfMemoryError: names the method, of which there are two in a cell.
-    """
-    try:
-        return _seconds(partial(_read, model, ids, Variant.parse(label), budget, chunk), model.device)
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"{label}: {error}") from error
-
-
-def ratio_of_sums(over: Tensor, under: Tensor) -> tuple[float, float | None]:
-    """The sum of ``over`` by the sum of ``under``, both ``[n]`` and of the same things, and its standard error.
-
-    The error is that of a ratio estimate over drawings of the things: what the ratio leaves of each pair, over the mean
-    of ``under``. None for a single pair.
-    """
-    n, ratio = len(over), float(over.sum() / under.sum())
-    if n < 2:
-        return ratio, None
-    left = over - ratio * under
-    return ratio, float((left.square().sum() / (n - 1) / n).sqrt() / under.mean())
 
 
 # --- kvpress, in an environment of its own --------------------------------------------------------------------------
