@@ -27,8 +27,8 @@ class Slot:
     value: Array  # [d]
     position: int
     cardinality: int = 1
-    bias: float = 0.0  # added to the logit
     stats: dict[str, Any] = field(default_factory=lambda: {"mass": 0.0, "count": 0})
+    bias: float = 0.0  # added to the logit
 
 
 def rotate(vector: Array, offset: float, inv_freq: Array) -> Array:
