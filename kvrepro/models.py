@@ -162,7 +162,8 @@ def load_model(
     """A model that is ready for compressed caches, in evaluation mode, and its tokenizer.
 
     Args:
-        name: ``"smollm2-135m"`` (embedded), a hub id or a folder; with ``weights="random"`` one of ``SHAPES``.
+        name: ``"smollm2-135m"`` (embedded), a hub id or a folder, which may hold a GGUF file alone; with
+            ``weights="random"`` one of ``SHAPES``.
         device: a torch device; None for CUDA where there is a GPU, else the CPU.
         dtype: a torch dtype or its name; None for bfloat16 on a GPU and float32 on the CPU.
         weights: ``"pretrained"``, or ``"random"`` for a model of this shape that was never trained (for timings):
@@ -188,7 +189,8 @@ def load_model(
     else:
         tokenizer = load_tokenizer(name)
         with _explained(name):
-            model = AutoModelForCausalLM.from_pretrained(_location(name), dtype=number).to(target)
+            location = _location(name)
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=number, **_format(location)).to(target)
     model.eval().requires_grad_(False)  # gradients, where a method takes any, are by cached keys
     from kvrepro.adapter import prepare  # the adapter is no part of loading
 
@@ -208,7 +210,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         kvrepro.assets.AssetError: the embedded model could not be fetched.
     """
     with _explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(_location(name), padding_side="left")
+        location = _location(name)
+        tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left", **_format(location))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -266,7 +269,7 @@ def _random_model(name: str, device: torch.device, dtype: torch.dtype, seed: int
 
 
 def _tokenizer_for_random(config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
-    if assets.fault(assets.MODEL) is not None:
+    if assets.fault(assets.EMBEDDED[DEFAULT][0]) is not None:
         return None
     tokenizer = load_tokenizer(DEFAULT)
     return tokenizer if len(tokenizer) <= config.vocab_size else None
@@ -274,12 +277,14 @@ def _tokenizer_for_random(config: PreTrainedConfig) -> PreTrainedTokenizerBase |
 
 def _location(name: str) -> str | Path:
     """What transformers reads a pretrained model from: a folder or a hub id."""
-    if name == DEFAULT:
-        return assets.ensure(assets.MODEL)
+    if name in assets.EMBEDDED:
+        return assets.ensure(assets.EMBEDDED[name][0])
     path = Path(name).expanduser()
     if path.is_dir() or path.is_absolute() or name.startswith("."):
-        if not (path / "config.json").is_file():
-            raise ModelError(f"no model in {name}: the folder needs config.json, the weights and the tokenizer")
+        if not (path / "config.json").is_file() and not _format(path):
+            raise ModelError(
+                f"no model in {name}: the folder needs config.json, the weights and the tokenizer, or one GGUF file"
+            )
         return path
     if name in _HUB_NAMES:
         raise ValueError(
@@ -287,6 +292,14 @@ def _location(name: str) -> str | Path:
             f"{_HUB_NAMES[name]!r}"
         )
     return name
+
+
+def _format(location: str | Path) -> dict[str, str]:
+    """What transformers must be told to read a folder that holds nothing but one GGUF file."""
+    if not isinstance(location, Path) or (location / "config.json").is_file():
+        return {}
+    files = sorted(location.glob("*.gguf"))
+    return {"gguf_file": files[0].name} if len(files) == 1 else {}
 
 
 @contextmanager
@@ -322,7 +335,7 @@ def model_identity(model: PreTrainedModel, name: str) -> tuple[str, str]:
 def identity(name: str, *, weights: str = "pretrained", seed: int = 0) -> str:
     """The sha256 that tells one model's weights from another's, without loading them.
 
-    The embedded model's is that of its GGUF file. A folder's covers ``config.json`` and the names, sizes and sha256
+    An embedded model's is that of its GGUF file. A folder's covers ``config.json`` and the names, sizes and sha256
     sums of the weight files; a hub model's also the commit, and takes the sums that the hub's cache names its files by;
     one that is not in the cache is downloaded.
     Random weights' covers the shape and the seed.
@@ -341,14 +354,14 @@ def identity(name: str, *, weights: str = "pretrained", seed: int = 0) -> str:
     if weights == "random":
         shape(name)
         return _sha256_json({"shape": SHAPES[name], "seed": seed})
-    if name == DEFAULT:
-        return assets.GGUF_SHA256
+    if name in assets.EMBEDDED:
+        return assets.EMBEDDED[name][1]
     folder, commit = _snapshot(name)
     files = sorted(path for path in folder.iterdir() if _WEIGHT_FILES.search(path.name))
     if not files:
         raise ModelError(f"no weights (.safetensors, .bin or .gguf) in {folder}: download the model {name!r} again")
     weight_files = [[path.name, path.stat().st_size, _weights_sha256(path)] for path in files]
-    config = assets.file_sha256(folder / "config.json")
+    config = assets.file_sha256(folder / "config.json") if not _format(folder) else None  # it is in the GGUF file
     return _sha256_json({"config": config, "commit": commit, "files": weight_files})
 
 

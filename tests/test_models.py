@@ -106,9 +106,23 @@ def test_a_damaged_model_file_is_noticed_and_made_again(
     damaged = assets.MODEL.path / "model.safetensors"
     damaged.unlink()
     damaged.write_bytes(b"half a download")
-    monkeypatch.setattr(assets, "MODEL", _refilled_from(whole))
+    monkeypatch.setitem(assets.EMBEDDED, "smollm2-135m", (_refilled_from(whole), assets.GGUF_SHA256))
     load_model("smollm2-135m", device="cpu")
     assert "model.safetensors has 15 bytes instead of" in caplog.text
+
+
+def test_a_folder_with_a_gguf_file_alone(tmp_path: Path, embedded: Embedded) -> None:
+    """The file says it all: tokenizer and identity; a second file leaves open which is meant."""
+    (tmp_path / "weights.gguf").symlink_to(assets.GGUF_MODEL.path / assets.GGUF)
+    tokenizer = models.load_tokenizer(str(tmp_path))
+    assert tokenizer("Hello  wörld").input_ids == embedded[1]("Hello  wörld").input_ids
+    first = models.identity(str(tmp_path))
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(models.ModelError, match="one GGUF file"):
+        models.load_tokenizer(str(tmp_path))
+    models.identity.cache_clear()
+    (tmp_path / "weights.gguf").unlink()
+    assert models.identity(str(tmp_path)) != first
 
 
 def _link(source: str, target: str) -> None:
