@@ -82,6 +82,7 @@ STYLES = {
     "weightedkv": Style("WeightedKV", "#0072B2", "o", "merging"),
     "kvmerger": Style("KVMerger", "#D55E00", "*", "merging"),
     "kvslimmer": Style("KVSlimmer", "#009E73", "X", "merging"),
+    "attention_matching": Style("Attention Matching", "#003366", "H", "merging"),
 }
 VARIANTS = {
     "weightedkv(merge=False)": "WeightedKV, values evicted",

@@ -98,6 +98,11 @@ def test_a_value_that_is_not_a_choice_lists_the_choices(idle: PreTrainedModel, n
         ("kvmerger", {"topk": -0.1}),
         ("kvmerger", {"block": 0}),
         ("kvmerger", {"block": 1000}),
+        ("attention_matching", {"count": 0}),
+        ("attention_matching", {"ahead": 2.5}),
+        ("attention_matching", {"ridge": 0}),
+        ("attention_matching", {"window": -1}),
+        ("attention_matching", {"block": 1000}),
     ],
 )
 def test_values_out_of_range(idle: PreTrainedModel, name: str, options: dict[str, Any]) -> None:
@@ -129,6 +134,7 @@ def test_budgets_that_are_none(idle: PreTrainedModel, name: str, budget: Any) ->
         ("asymkv", {"sinks": 4, "recent": 6}, 11),
         ("kvslimmer", {"sinks": 4, "recent": 6}, 11),
         ("kvmerger", {"sinks": 4, "recent": 6, "topk": 0, "block": 1}, 11),
+        ("attention_matching", {"sinks": 4, "recent": 6}, 11),
     ],
 )
 def test_a_budget_below_sinks_and_recent(

@@ -59,6 +59,14 @@ CASES: dict[str, tuple[str, dict[str, Any], int | float | None, str]] = {
     "kvslimmer": ("kvslimmer", {}, 16, ""),
     "kvslimmer blocks": ("kvslimmer", {"block": 3, "overlap": "released"}, 16, "appended"),
     "kvslimmer released": ("kvslimmer", {"variant": "released"}, 16, ""),
+    "attention matching": ("attention_matching", {}, 16, ""),
+    "attention matching blocks": ("attention_matching", {"block": 4, "sinks": 1}, 16, "appended"),
+    "attention matching gaussian": (
+        "attention_matching",
+        {"block": 3, "queries": "gaussian", "count": 9},
+        16,
+        "appended",
+    ),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:asymkv")
@@ -372,6 +380,8 @@ BLOCKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "skipping": ("kvmerger", {"skip_layers": True}, 5),
     "pairs": ("kvslimmer", {"block": 3}, 3),
     "pairs by gradient": ("asymkv", {"fisher": "forward", "block": 2, "recent": 2}, 3),
+    "fits": ("attention_matching", {"window": 2}, 3),
+    "fits to draws": ("attention_matching", {"queries": "gaussian", "count": 8, "positions": "cache"}, 3),
 }
 
 

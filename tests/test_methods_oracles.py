@@ -66,6 +66,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("kvslimmer", {"overlap": "released"}),
     ("kvslimmer", {"variant": "released"}),
     ("kvslimmer", {"variant": "released", "overlap": "released", "positions": "cache"}),
+    ("attention_matching", {}),
+    ("attention_matching", {"keys": "rms", "sinks": 2, "recent": 3}),
+    ("attention_matching", {"queries": "gaussian", "count": 12, "seed": 4}),
+    ("attention_matching", {"block": 4, "positions": "cache", "ridge": 0.01}),
+    ("attention_matching", {"count": 7, "ahead": 3, "rounds": 0, "window": 0}),
 ]
 
 

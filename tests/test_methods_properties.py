@@ -91,7 +91,7 @@ def goal(name: str, method: Method, situation: Situation, row: int) -> tuple[int
     had = situation.slots.size - (situation.short if row == 1 else 0)
     most = min(had, situation.budget)
     decoding = situation.step.queries.shape[3] == 1
-    in_blocks = name == "kvmerger" or (decoding and name in ("asymkv", "kvslimmer"))
+    in_blocks = name == "kvmerger" or (decoding and name in ("asymkv", "kvslimmer", "attention_matching"))
     return (min(had, situation.budget - method.block_of(situation.budget) + 1) if in_blocks else most), most
 
 

@@ -21,6 +21,7 @@ from kvrepro import evaluate, methods
 from kvrepro.attention import Step, causal_logits
 from kvrepro.cache import CompressedLayer, Pass, make_cache, slots_of
 from kvrepro.experiments.common import Bench, Variant, as_list, parse_variants
+from kvrepro.fit import best_values, best_weights, mixed
 from kvrepro.records import Cell, Record, Skip, Value
 from kvrepro.rope import Rotation, find_rotation
 from kvrepro.slots import take
@@ -29,12 +30,6 @@ PAPER = "across"
 #: What is read of the kept slots, see :func:`readings`, and the two fits, see :func:`best_values`.
 PARTS = ("merge", "eviction", "keys", "values", "counts", "early", "late")
 BESTS = ("best", "best_mass")
-#: Ridges to choose from, as shares of the mean square of a slot's column of attention (ours).
-RIDGES = tuple(10.0**power for power in range(-5, 1))
-#: Rounds at most of the projected gradient that fits the slots' weights (ours).
-ROUNDS = 30
-#: A slot whose weight is below this has none.
-_NOTHING = 1e-8
 
 
 @dataclass(frozen=True)
@@ -457,11 +452,6 @@ def square(x: Tensor) -> Tensor:
     return x.double().square().sum((2, 3, 4))
 
 
-def mixed(p: Tensor, values: Tensor) -> Tensor:
-    """Attention ``[B, H_kv, G, m, S]`` times values ``[B, H_kv, S, d]``."""
-    return (p.flatten(2, 3) @ values.to(p.dtype)).unflatten(2, p.shape[2:4])
-
-
 def in_one(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
     """Attention output over two sets of tokens from the outputs ``[..., d]`` and log-sum-exps ``[...]`` over each."""
     share = torch.sigmoid(lse - other_lse).unsqueeze(-1)
@@ -482,107 +472,6 @@ def best_fits(fit: Queries, merged: Kept, start: Tensor) -> dict[str, Kept]:
     p, lse = merged.attend(fit.queries, fit.positions)
     best = replace(merged, values=best_values(p, fit.output, start))
     share = p * (lse - fit.lse).exp().unsqueeze(-1)  # of the full prompt's mass, by slot
-    weighted = replace(merged, bias=merged.bias + best_weights(share).log().to(merged.bias.dtype))
+    weighted = replace(merged, bias=merged.bias + best_weights(share.double()).log().to(merged.bias.dtype))
     p, _ = weighted.attend(fit.queries, fit.positions)
     return {"best": best, "best_mass": replace(weighted, values=best_values(p, fit.output, start))}
-
-
-def best_values(p: Tensor, target: Tensor, start: Tensor, ridges: Sequence[float] = RIDGES) -> Tensor:
-    """Values that give queries the output they should get: ridge regression in float64, head by head.
-
-    min |P V - O|^2 + r |V - V_0|^2. The ridge pulls to the slots' own values, not to 0, so that a slot that no query
-    looks at keeps its value (ours). r is the ridge of those offered, times the mean square of a column of P, with which
-    a fit to the first half of the queries is best on the second half; then all queries are fitted to.
-
-    Args:
-        p: ``[B, H_kv, G, m, S]``, attention of the queries to the slots.
-        target: ``[B, H_kv, G, m, d]``, outputs over the full prompt.
-        start: ``[B, H_kv, S, d]``, V_0.
-        ridges: Ridges to choose from.
-
-    Returns:
-        ``[B, H_kv, S, d]`` float64.
-    """
-    p, start = p.double(), start.double()
-    rest = target.double() - mixed(p, start)
-    half = p.shape[3] // 2
-    gram, moment = _moments(p[:, :, :, :half], rest[:, :, :, :half])
-    judges, wanted = _moments(p[:, :, :, half:], rest[:, :, :, half:])
-    offered = torch.tensor(ridges, dtype=torch.float64, device=p.device)
-    change = ridge_solution(gram, moment, offered.view(-1, 1, 1).expand(-1, *p.shape[:2]))  # [R, B, H, S, d]
-    missed = (change * (judges @ change - 2 * wanted)).sum((-2, -1))  # [R, B, H], less what is the same for all
-    chosen = offered[missed.argmin(0)]
-    return start + ridge_solution(gram + judges, moment + wanted, chosen)
-
-
-def _moments(p: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """P'P ``[B, H, S, S]`` and P'O ``[B, H, S, d]`` of P ``[B, H, G, m, S]`` and O ``[B, H, G, m, d]``."""
-    rows = p.flatten(2, 3)
-    return rows.mT @ rows, rows.mT @ target.flatten(2, 3)
-
-
-def ridge_solution(gram: Tensor, moment: Tensor, ridge: Tensor) -> Tensor:
-    """The X that minimises |P X - O|^2 + r |X|^2, by Cholesky.
-
-    Args:
-        gram: ``[..., S, S]``, P'P.
-        moment: ``[..., S, d]``, P'O.
-        ridge: ``[..., ]`` or with more dimensions in front, r as a share of the mean of the diagonal of P'P.
-
-    Returns:
-        ``[..., S, d]``, with the dimensions of ``ridge`` in front.
-    """
-    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + (ridge * size)[..., None, None] * eye)
-    half = torch.linalg.solve_triangular(factor, moment.expand(*factor.shape[:-1], -1), upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
-
-
-def best_weights(share: Tensor, rounds: int = ROUNDS) -> Tensor:
-    """Factors on the slots' weights with which they carry the full prompt's mass: min |M w - 1|^2 over w >= 0.
-
-    Non-negative least squares by accelerated projected gradient from w = 1, which stops at the round whose result for
-    the first half of the queries is best on the second half: carried to its end it gives most slots no weight (ours).
-
-    Args:
-        share: ``[B, H_kv, G, m, S]``, e^logit of each slot over the sum of the full prompt's.
-        rounds: Rounds at most.
-
-    Returns:
-        ``[B, H_kv, S]`` float64; at least 1e-8, so that it has a logarithm.
-    """
-    share = share.double()
-    half = share.shape[3] // 2
-    ones = torch.ones_like(share[..., :1])
-    gram, moment = _moments(share[:, :, :, :half], ones[:, :, :, :half])
-    judges, wanted = _moments(share[:, :, :, half:], ones[:, :, :, half:])
-    path = descent(gram, moment.squeeze(-1), rounds)  # [rounds + 1, B, H, S]
-    missed = (path * ((judges @ path.unsqueeze(-1)).squeeze(-1) - 2 * wanted.squeeze(-1))).sum(-1)
-    path = descent(gram + judges, (moment + wanted).squeeze(-1), rounds)
-    chosen = missed.argmin(0)[None, ..., None].expand(1, *path.shape[1:])
-    return path.gather(0, chosen)[0].clamp_min(_NOTHING)
-
-
-def descent(gram: Tensor, moment: Tensor, rounds: int) -> Tensor:
-    """Accelerated projected gradient for min |M w - 1|^2 over w >= 0, from w = 1, columns scaled to length 1.
-
-    Args:
-        gram: ``[..., S, S]``, M'M; no negative numbers.
-        moment: ``[..., S]``, M'1.
-        rounds: Rounds.
-
-    Returns:
-        ``[rounds + 1, ..., S]``, the w after each round, the start first.
-    """
-    length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-    gram = gram / (length.unsqueeze(-1) * length.unsqueeze(-2))
-    stride = 1 / gram.sum(-1).amax(-1, keepdim=True)  # the largest sum of a row is above the largest eigenvalue
-    now = ahead = length
-    path = [now]
-    for k in range(rounds):
-        step = (gram @ ahead.unsqueeze(-1)).squeeze(-1) - moment / length
-        now = (ahead - stride * step).clamp_min(0)
-        ahead = now + k / (k + 3) * (now - path[-1])
-        path.append(now)
-    return torch.stack(path) / length

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from kvrepro.methods.asymkv import AsymKV
+from kvrepro.methods.attention_matching import AttentionMatching
 from kvrepro.methods.base import Description, Method, Option
 from kvrepro.methods.cam import CaM
 from kvrepro.methods.d2o import D2O
@@ -110,5 +111,6 @@ for _cls in (
     WeightedKV,
     KVMerger,
     KVSlimmer,
+    AttentionMatching,
 ):
     register(_cls)

@@ -6,6 +6,7 @@ from typing import Any
 
 from .base import Oracle
 from .evicting import H2O, KeyDiff, Random, SnapKV, StreamingLLM, Tova
+from .fitting import AttentionMatching
 from .kvmerger import KVMerger
 from .merging import D2O, CaM, KeepKV, WeightedKV
 from .pairs import AsymKV, KVSlimmer
@@ -26,6 +27,7 @@ _CLASSES: dict[str, type[Oracle]] = {
     "weightedkv": WeightedKV,
     "kvmerger": KVMerger,
     "kvslimmer": KVSlimmer,
+    "attention_matching": AttentionMatching,
 }
 
 
@@ -55,6 +57,7 @@ def defaults(name: str, budget: int, mean_budget: int, options: dict[str, Any]) 
         "weightedkv": {"sinks": 4, "recent": budget // 2 - sinks, "positions": "cache"},
         "kvmerger": {"recent": int(0.34 * budget), "topk": int(0.24 * budget), "block": max(1, budget // 16)},
         "kvslimmer": pairs,
+        "attention_matching": {"window": min(32, budget // 8), "block": max(1, budget // 16)},
     }.get(name, {})
 
 

@@ -1,0 +1,248 @@
+"""Least-squares fits of attention: with what weights few slots carry a whole cache's mass, with what values its output.
+
+Every KV head of every row is a problem of its own; all are solved side by side, and nothing is decided on the host, so
+that a CUDA graph can hold a fit. Where there are fewer queries than slots, the fits work on the queries' products
+instead of the slots' (the dual, or kernel trick), with the same solution. A system that cannot be solved gives NaN, not
+an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Ridges to choose from, as shares of the mean square of a slot's column of attention (ours).
+RIDGES = tuple(10.0**power for power in range(-5, 1))
+#: Rounds at most of the projected gradient that fits the slots' weights (ours).
+ROUNDS = 30
+#: Errors that differ by less than this share count as equal: rounding is no reason to choose.
+MARGIN = 1e-6
+#: A slot whose weight is below this has none.
+_NOTHING = 1e-8
+
+
+@dataclass(frozen=True)
+class ValueFit:
+    """Values fitted to queries.
+
+    Attributes:
+        values: ``[B, H_kv, S, d]`` float64; NaN in heads whose system could not be solved.
+        gain: ``[B, H_kv]`` float64, by how much the squared error on the held-out queries fell below that of the values
+            that the fit started from, when the chosen ridge was fitted to the others; -inf where no ridge could be
+            solved.
+    """
+
+    values: Tensor
+    gain: Tensor
+
+
+def mixed(p: Tensor, values: Tensor) -> Tensor:
+    """Attention ``[B, H_kv, G, m, S]`` times values ``[B, H_kv, S, d]``."""
+    return (p.flatten(2, 3) @ values.to(p.dtype)).unflatten(2, p.shape[2:4])
+
+
+def best_values(p: Tensor, target: Tensor, start: Tensor, ridges: Sequence[float] = RIDGES) -> Tensor:
+    """Values that give queries the output they should get: ridge regression in float64, head by head.
+
+    min |P V - O|^2 + r |V - V_0|^2. The ridge pulls to the slots' own values, not to 0, so that a slot that no query
+    looks at keeps its value (ours). r is the ridge of those offered, times the mean square of a column of P, with which
+    a fit to the first half of the queries is best on the second half; then all queries are fitted to.
+
+    Args:
+        p: ``[B, H_kv, G, m, S]``, attention of the queries to the slots; a row of zeros with a target of 0 counts not.
+        target: ``[B, H_kv, G, m, d]``, outputs over the whole cache.
+        start: ``[B, H_kv, S, d]``, V_0.
+        ridges: Ridges to choose from.
+
+    Returns:
+        ``[B, H_kv, S, d]`` float64.
+    """
+    return fit_values(p, target, start, ridges).values
+
+
+def fit_values(
+    p: Tensor, target: Tensor, start: Tensor, ridges: Sequence[float] = RIDGES, *, dual: bool | None = None
+) -> ValueFit:
+    """:func:`best_values`, with what they gain on the held-out queries.
+
+    Args:
+        p: See :func:`best_values`.
+        target: See :func:`best_values`.
+        start: See :func:`best_values`.
+        ridges: See :func:`best_values`.
+        dual: Solve for the queries instead of the slots; None does where they are fewer.
+
+    Returns:
+        The values and the gain.
+    """
+    p, start = p.double(), start.double()
+    rest = target.double() - mixed(p, start)
+    dual = p.shape[2] * p.shape[3] < p.shape[4] if dual is None else dual
+    parts = [x[:, :, :, part].flatten(2, 3) for part in _halves(p) for x in (p, rest)]
+    change, gain = (_dual if dual else _primal)(*parts, ridges)
+    return ValueFit(start + change, gain)
+
+
+def _halves(p: Tensor) -> tuple[slice, slice]:
+    """The queries ``[B, H_kv, G, m, S]`` that are fitted to first, and those that judge."""
+    half = p.shape[3] // 2
+    return slice(half), slice(half, None)
+
+
+def _primal(p: Tensor, rest: Tensor, judge: Tensor, wanted: Tensor, ridges: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The change of the values ``[B, H, S, d]``, and what it gains ``[B, H]``, by systems of S equations.
+
+    Args:
+        p: ``[B, H, M, S]``, attention of the queries of the first half.
+        rest: ``[B, H, M, d]``, what their outputs lack.
+        judge: ``[B, H, M', S]``, attention of the held-out queries.
+        wanted: ``[B, H, M', d]``, what their outputs lack.
+        ridges: Ridges to choose from.
+    """
+    gram, moment = p.mT @ p, p.mT @ rest
+    judges, wishes = judge.mT @ judge, judge.mT @ wanted
+
+    def missed(ridge: float) -> Tensor:
+        """``[B, H]``: the held-out error, less what is the same for all."""
+        change = ridge_solution(gram, moment, gram.new_full(gram.shape[:2], ridge))
+        return (change * (judges @ change - 2 * wishes)).sum((-2, -1))
+
+    ridge, gain = _chosen(missed, ridges)
+    return ridge_solution(gram + judges, moment + wishes, ridge), gain
+
+
+def _dual(p: Tensor, rest: Tensor, judge: Tensor, wanted: Tensor, ridges: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """:func:`_primal` by systems of as many equations as there are queries: X = P'(PP' + r)^-1 R."""
+    every = torch.cat([p, judge], 2)
+    products, slots, first = every @ every.mT, every.shape[-1], p.shape[2]
+    own, across = products[:, :, :first, :first], products[:, :, first:, :first]
+
+    def missed(ridge: float) -> Tensor:
+        """As in :func:`_primal`."""
+        found = across @ ridge_solution(own, rest, own.new_full(own.shape[:2], ridge), slots)  # [B, H, M', d]
+        return (found * (found - 2 * wanted)).sum((-2, -1))
+
+    ridge, gain = _chosen(missed, ridges)
+    return every.mT @ ridge_solution(products, torch.cat([rest, wanted], 2), ridge, slots), gain
+
+
+def _chosen(missed: Callable[[float], Tensor], ridges: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The ridge with the least held-out error, and minus that error, ``[B, H]`` both; what is no number never is."""
+    tried = torch.stack([missed(ridge) for ridge in ridges])  # [R, B, H]
+    least, index = tried.masked_fill(~tried.isfinite(), torch.inf).min(0)
+    chosen = torch.zeros_like(least)
+    for place, ridge in enumerate(ridges):  # a tensor of the ridges would come from the host
+        chosen = chosen.masked_fill(index == place, ridge)
+    return chosen, -least
+
+
+def ridge_solution(gram: Tensor, moment: Tensor, ridge: Tensor, columns: int | None = None) -> Tensor:
+    """The X that minimises |P X - O|^2 + r |X|^2, by Cholesky; NaN where there is no factorisation.
+
+    Args:
+        gram: ``[..., S, S]``, P'P.
+        moment: ``[..., S, d]``, P'O.
+        ridge: ``[..., ]`` or with more dimensions in front, r as a share of the mean of the diagonal of P'P.
+        columns: Number of P's columns, where ``gram`` is PP' and ``moment`` O; the solution A is then to be read as
+            X = P'A. None where it is P'P.
+
+    Returns:
+        ``[..., S, d]``, with the dimensions of ``ridge`` in front.
+    """
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # PP' and P'P have the same
+    size = (trace / (columns or max(1, gram.shape[-1]))).clamp_min(torch.finfo(gram.dtype).tiny)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(gram + (ridge * size)[..., None, None] * eye)
+    half = torch.linalg.solve_triangular(factor, moment.expand(*factor.shape[:-1], -1), upper=False)
+    solved = (failed == 0).to(gram.dtype)[..., None, None]
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True) * (solved / solved)
+
+
+def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = None) -> Tensor:
+    """Factors on the slots' weights with which they carry the whole cache's mass: min |M w - 1|^2 over w >= 0.
+
+    Non-negative least squares by accelerated projected gradient from w = 1, which stops at the round whose result for
+    the first half of the queries is best on the second half: carried to its end it gives most slots no weight (ours).
+    Round 0, the weights as they are, is one of those to choose from. It runs in the type of ``share``.
+
+    Args:
+        share: ``[B, H_kv, G, m, S]``, e^logit of each slot over the sum of the whole cache's; a row of zeros counts
+            not.
+        rounds: Rounds at most.
+        dual: Multiply by M and M' in turn instead of by M'M; None does where there are fewer queries than slots.
+
+    Returns:
+        ``[B, H_kv, S]``; at least 1e-8, so that it has a logarithm.
+    """
+    first, second = [share[:, :, :, part].flatten(2, 3) for part in _halves(share)]
+    dual = share.shape[2] * share.shape[3] < share.shape[4] if dual is None else dual
+    mine, other = (_Masses.of(rows, dual) for rows in (first, second))
+    path = mine.descent(rounds)  # [rounds + 1, B, H, S]
+    missed = (second @ path.permute(1, 2, 3, 0) - 1).square().sum(2)  # [B, H, rounds + 1]
+    enough = missed <= missed.amin(-1, keepdim=True) + MARGIN * missed[..., :1]
+    chosen = enough.int().argmax(-1)[None, ..., None].expand(1, *path.shape[1:])  # the first that is as good
+    return mine.with_(other).descent(rounds).gather(0, chosen)[0].clamp_min(_NOTHING)
+
+
+@dataclass(frozen=True)
+class _Masses:
+    """The least-squares problem |M w - 1|^2 of rows M.
+
+    Attributes:
+        rows: ``[B, H, M, S]``, M.
+        gram: ``[B, H, S, S]``, M'M, or None where it costs more than M.
+    """
+
+    rows: Tensor
+    gram: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, dual: bool) -> _Masses:
+        """The problem of ``rows``; ``dual`` does without the slots' products."""
+        return cls(rows, None if dual else rows.mT @ rows)
+
+    def with_(self, other: _Masses) -> _Masses:
+        """The problem of both sets of rows."""
+        gram = None if self.gram is None else self.gram + other.gram
+        return _Masses(torch.cat([self.rows, other.rows], 2), gram)
+
+    def descent(self, rounds: int) -> Tensor:
+        """``[rounds + 1, B, H, S]``: the w after each round, see :func:`descent`."""
+        moment = self.rows.sum(2)
+        if self.gram is not None:
+            return descent(self.gram, moment, rounds)
+        product = lambda w: (self.rows.mT @ (self.rows @ w.unsqueeze(-1))).squeeze(-1)  # noqa: E731
+        return _descend(product, self.rows.square().sum(2), moment, rounds)
+
+
+def descent(gram: Tensor, moment: Tensor, rounds: int) -> Tensor:
+    """Accelerated projected gradient for min |M w - 1|^2 over w >= 0, from w = 1, columns scaled to length 1.
+
+    Args:
+        gram: ``[..., S, S]``, M'M; no negative numbers.
+        moment: ``[..., S]``, M'1.
+        rounds: Rounds.
+
+    Returns:
+        ``[rounds + 1, ..., S]``, the w after each round, the start first.
+    """
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    return _descend(lambda w: (gram @ w.unsqueeze(-1)).squeeze(-1), squares, moment, rounds)
+
+
+def _descend(product: Callable[[Tensor], Tensor], squares: Tensor, moment: Tensor, rounds: int) -> Tensor:
+    """:func:`descent`, given how to multiply by M'M, and its diagonal ``[..., S]``."""
+    length = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+    # The largest sum of a row is above the largest eigenvalue; a head without attention has none.
+    stride = 1 / (product(1 / length) / length).amax(-1, keepdim=True).clamp_min(torch.finfo(squares.dtype).eps)
+    now = ahead = length
+    path = [now]
+    for k in range(rounds):
+        step = (product(ahead / length) - moment) / length
+        now = (ahead - stride * step).clamp_min(0)
+        ahead = now + k / (k + 3) * (now - path[-1])
+        path.append(now)
+    return torch.stack(path) / length

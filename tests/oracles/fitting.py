@@ -1,0 +1,138 @@
+"""A merge as a fit: Attention Matching."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .base import Array, Chunk, Oracle, Slot, read_positions, rotate
+
+
+class AttentionMatching(Oracle):
+    """arXiv 2602.16284: the most attended keys, their biases by non-negative least squares, their values by ridge."""
+
+    def __init__(
+        self,
+        *,
+        keys: str = "mass",
+        queries: str = "prompt",
+        count: int = 1024,
+        ahead: int = 256,
+        window: int = 2,
+        rounds: int = 30,
+        ridge: float = 0.1,
+        block: int = 1,
+        **common: object,
+    ) -> None:
+        super().__init__(**common)
+        self.power = {"mass": 1, "rms": 2}[keys]
+        self.queries, self.count, self.ahead, self.window = queries, count, ahead, window
+        self.rounds, self.ridge, self.block = rounds, ridge, block
+        self.past: list[list[tuple[int, Array]]] = [[] for _ in range(self.group * len(self.heads))]
+        self.fallbacks = [0] * len(self.heads)
+
+    def feed(self, queries: Array, keys: Array, values: Array) -> Array:
+        """Remember all queries and where they stood."""
+        for g, past in enumerate(self.past):
+            past.extend((self.seen + i, np.asarray(query, dtype=np.float64)) for i, query in enumerate(queries[g]))
+        return super().feed(queries, keys, values)
+
+    def reference(self, head: int, slots: list[Slot], chunk: Chunk) -> list[list[Array]]:
+        """For each query head of the group its reference queries, at positions behind the newest token."""
+        taken = max(self.window, len(chunk.positions))
+        group = [self.past[g][-taken:] for g in range(head * self.group, (head + 1) * self.group)]
+        if self.queries == "gaussian":
+            plain = [[rotate(query, -place, self.inv_freq) for place, query in past] for past in group]
+            group = [[(0, x) for x in self.drawn(head * self.group + g, np.array(q))] for g, q in enumerate(plain)]
+        newest = slots[-1].position
+        return [
+            [
+                rotate(query, newest + 1 + i % self.ahead - place, self.inv_freq)
+                for i, (place, query) in enumerate(past[-self.count :])
+            ]
+            for past in group
+        ]
+
+    def drawn(self, query_head: int, queries: Array) -> list[Array]:
+        """Draws from the Gaussian with the mean and the covariance of one head's queries [n, d]."""
+        d = queries.shape[1]
+        off = queries - queries.mean(0)
+        factor = np.linalg.cholesky(off.T @ off / len(queries) + 1e-9 * np.eye(d))
+        draws = []
+        for i in range(self.count):
+            normal = np.zeros(d)
+            for j in range(d):
+                u, v = (self.draw(query_head * self.count + i, j, stream) for stream in (3, 4))
+                normal[j] = math.sqrt(-2 * math.log(1 - u)) * math.cos(2 * math.pi * v)
+            draws.append(queries.mean(0) + factor @ normal)
+        return draws
+
+    def compress_head(self, head: int, slots: list[Slot], chunk: Chunk) -> list[Slot]:
+        """Choose, fit on the first half of the queries, judge on the second, fit on all."""
+        decoding = len(chunk.positions) == 1
+        group = self.reference(head, slots, chunk)
+        asked = [query for queries in group for query in queries]
+        first = np.array([i < len(queries) // 2 for queries in group for i in range(len(queries))])
+        totals, outputs, score = [], [], np.zeros(len(slots))
+        for query in asked:
+            masses = self.masses(query, slots, chunk.read_keys[head])
+            totals.append(sum(masses))
+            outputs.append(sum(x * slot.value for x, slot in zip(masses, slots, strict=True)) / totals[-1])
+            score += (np.array(masses) / totals[-1]) ** self.power
+        left = self.chosen(slots, score, self.budget + 1 - self.block if decoding else self.budget)
+        places = read_positions(left, self.positions)
+        keys = [rotate(s.key, place - s.position, self.inv_freq) for s, place in zip(left, places, strict=True)]
+        share = np.array([self.masses(q, left, keys) for q in asked]) / np.array(totals)[:, None]
+        target, start = np.array(outputs), np.array([slot.value for slot in left])
+        weights = self.weights(share, first)
+        biased, plain = (x / x.sum(1, keepdims=True) for x in (share * weights, share))
+        tried = [self.values(biased[first], target[first], start, self.ridge * f) for f in (1, 10, 100)]
+        errors = [(((biased @ values - target)[~first]) ** 2).sum() for values in tried]
+        best = int(np.argmin(errors))
+        if errors[best] < (1 - 1e-6) * ((plain @ start - target)[~first] ** 2).sum():
+            values = self.values(biased, target, start, self.ridge * 10**best)
+            for slot, value, weight in zip(left, values, weights, strict=True):
+                slot.value, slot.bias = value, slot.bias + math.log(weight)
+        elif not decoding or self.block == 1:
+            self.fallbacks[head] += 1
+        return left
+
+    def masses(self, query: Array, slots: list[Slot], keys: list[Array]) -> list[float]:
+        """e^logit of each slot."""
+        return [math.exp(self.logit(query, key, slot)) for key, slot in zip(keys, slots, strict=True)]
+
+    def chosen(self, slots: list[Slot], score: Array, goal: int) -> list[Slot]:
+        """Sinks, the newest ones, and what is most attended to."""
+        recent = max(1, self.recent)
+        free = sorted(range(self.sinks, len(slots) - recent), key=lambda j: score[j])
+        dropped = free[: len(slots) - goal]
+        return [slot for j, slot in enumerate(slots) if j not in dropped]
+
+    def weights(self, share: Array, first: Array) -> Array:
+        """Early-stopped non-negative least squares of share @ w = 1."""
+        errors = [((share[~first] @ w - 1) ** 2).sum() for w in self.path(share[first])]
+        best = next(k for k, error in enumerate(errors) if error <= min(errors) + 1e-6 * errors[0])
+        return np.maximum(self.path(share)[best], 1e-8)
+
+    def path(self, share: Array) -> list[Array]:
+        """Accelerated projected gradient from 1, columns scaled to length 1."""
+        length = np.sqrt((share**2).sum(0))
+        if not len(share):
+            return [np.ones_like(length)] * (self.rounds + 1)
+        scaled = share / length
+        stride = 1 / (scaled.T @ scaled).sum(1).max()
+        now = ahead = before = length
+        found = [now / length]
+        for k in range(self.rounds):
+            before, now = now, np.maximum(ahead - stride * (scaled.T @ (scaled @ ahead - 1)), 0)
+            ahead = now + k / (k + 3) * (now - before)
+            found.append(now / length)
+        return found
+
+    def values(self, p: Array, target: Array, start: Array, ridge: float) -> Array:
+        """min |P V - O|^2 + r |V - V_0|^2, r a share of the mean square of a column."""
+        if not len(p):
+            return start
+        pull = ridge * (p**2).sum() / p.shape[1]
+        return start + np.linalg.solve(p.T @ p + pull * np.eye(p.shape[1]), p.T @ (target - p @ start))

@@ -1,0 +1,216 @@
+"""The least-squares fits against other solvers, and what Attention Matching does with heads that cannot be fitted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import nnls
+from tiny import tiny_model, tokens
+from torch import Tensor
+
+import kvrepro
+from kvrepro import fit, methods
+from kvrepro.attention import Step
+from kvrepro.rope import Rotation
+from kvrepro.slots import Slots, compact
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def attention(m: int, s: int, *, heads: int = 3) -> Tensor:
+    """Attention ``[2, heads, 2, m, s]``; the second row's first query is padding."""
+    p = torch.softmax(2 * random(2, heads, 2, m, s, seed=1), -1)
+    p[1, :, :, 0] = 0
+    return p
+
+
+# --- fits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m, s", [(4, 30), (20, 7), (9, 18)], ids=["few queries", "few slots", "as many"])
+def test_primal_and_dual_give_the_same_values(m: int, s: int) -> None:
+    p, target, start = attention(m, s), random(2, 3, 2, m, 5, seed=2), random(2, 3, s, 5, seed=3)
+    target[1, :, :, 0] = 0
+    primal, dual = (fit.fit_values(p, target, start, [1e-3, 0.1, 10.0], dual=dual) for dual in (False, True))
+    torch.testing.assert_close(primal.values, dual.values)
+    torch.testing.assert_close(primal.gain, dual.gain)
+    torch.testing.assert_close(fit.best_values(p, target, start, [1e-3, 0.1, 10.0]), primal.values)
+
+
+@pytest.mark.parametrize("m, s", [(4, 30), (20, 7)])
+def test_primal_and_dual_give_the_same_weights(m: int, s: int) -> None:
+    share = 0.7 * attention(m, s)
+    primal, dual = (fit.best_weights(share, 15, dual=dual) for dual in (False, True))
+    torch.testing.assert_close(primal, dual)
+    in_single = fit.best_weights(share.float(), 15)
+    assert in_single.dtype == torch.float32
+    torch.testing.assert_close(in_single.double(), primal, rtol=1e-2, atol=1e-3)
+
+
+def test_weights_carried_to_the_end_are_those_of_scipy() -> None:
+    share = random(2, 40, 6, seed=4).abs() * torch.tensor([0.05, 0.5, 0.1, 0.2, 0.05, 0.3])
+    share[..., 0] += 1
+    path = fit.descent(share.mT @ share, share.sum(-2), 20000)
+    for h in range(2):
+        expected, _ = nnls(share[h].numpy(), np.ones(40))
+        assert 0 < np.count_nonzero(expected) < 6
+        np.testing.assert_allclose(path[-1, h], expected, atol=1e-8)
+
+
+def test_gain_is_what_the_held_out_queries_gain() -> None:
+    p, target, start = attention(10, 6), random(2, 3, 2, 10, 4, seed=2), random(2, 3, 6, 4, seed=3)
+    target[1, :, :, 0] = 0
+    found = fit.fit_values(p, target, start, [0.3])
+    first, second = slice(5), slice(5, None)
+    for b in range(2):
+        for h in range(3):
+            rows, wanted = (x[b, h, :, first].flatten(0, 1).numpy() for x in (p, target))
+            pull = 0.3 * (rows**2).sum() / 6 * np.eye(6)
+            v = start[b, h].numpy()
+            fitted = v + np.linalg.solve(rows.T @ rows + pull, rows.T @ (wanted - rows @ v))
+            rows, wanted = (x[b, h, :, second].flatten(0, 1).numpy() for x in (p, target))
+            before, after = (((rows @ x - wanted) ** 2).sum() for x in (v, fitted))
+            assert float(found.gain[b, h]) == pytest.approx(before - after)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_head_that_cannot_be_solved_harms_no_other(dual: bool) -> None:
+    p, target, start = attention(10, 6), random(2, 3, 2, 10, 4, seed=2), random(2, 3, 6, 4, seed=3)
+    expected = fit.fit_values(p, target, start, dual=dual)
+    p[0, 1, 0, 3, 2] = torch.nan
+    found = fit.fit_values(p, target, start, dual=dual)
+    broken = torch.zeros(2, 3, dtype=torch.bool)
+    broken[0, 1] = True
+    assert bool(found.values[broken].isnan().any()) and bool((found.gain[broken] == -torch.inf).all())
+    torch.testing.assert_close(found.values[~broken], expected.values[~broken])
+    torch.testing.assert_close(found.gain[~broken], expected.gain[~broken])
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_negative_matrix_has_no_solution(dual: bool) -> None:
+    found = fit.ridge_solution(-torch.eye(3, dtype=torch.float64), random(3, 2), torch.zeros(()), 5 if dual else None)
+    assert bool(found.isnan().all())
+
+
+# --- heads that fall back --------------------------------------------------------------------------------------------
+
+
+def situation(n: int, size: int = 20) -> tuple[Slots, Step]:
+    """Three KV heads of two query heads, the last `n` of `size` slots new."""
+    positions = torch.arange(size, dtype=torch.int32).expand(1, 3, -1).contiguous()
+    slots = Slots(
+        keys=random(1, 3, size, 8),
+        values=random(1, 3, size, 8, seed=1),
+        positions=positions,
+        cardinality=torch.ones_like(positions),
+        stats={"bias": torch.zeros(1, 3, size)},
+    )
+    queries = 2 * random(1, 3, 2, n, 8, seed=2)
+    step = Step(queries, positions[:, 0, size - n :], scale=8**-0.5, rotation=Rotation(0.3 ** torch.arange(4.0)))
+    return slots, step
+
+
+def evicted(left: Slots, slots: Slots, head: int) -> bool:
+    """Whether a head's slots are as they were."""
+    kept = compact(slots, torch.isin(slots.positions, left.positions[:, head]), left.size)
+    same = (torch.equal(getattr(left, side)[:, head], getattr(kept, side)[:, head]) for side in ("keys", "values"))
+    return all(same) and not bool(left.stats["bias"][:, head].any())
+
+
+def test_heads_that_can_be_fitted_are() -> None:
+    slots, step = situation(20)
+    left = methods.create("attention_matching").compress(slots, 14, step)
+    for head in range(3):
+        assert evicted(left, slots, head) == bool(left.state["fallbacks"][0, head])
+    assert float(left.state["fallbacks"].sum()) < 3
+
+
+@pytest.mark.parametrize("options", [{}, {"count": 1}])
+def test_too_few_queries_to_fit_and_judge(options: dict[str, int]) -> None:
+    """One query cannot do both: the slots that stay are as they were, in every head."""
+    slots, step = situation(2 if options else 1)
+    left = methods.create("attention_matching", block=1, **options).compress(slots, 14, step)
+    assert all(evicted(left, slots, head) for head in range(3))
+    assert left.state["fallbacks"].tolist() == [[1.0, 1.0, 1.0]]
+    again = methods.create("attention_matching", **options).compress(left, 12, situation(2)[1])
+    assert bool((again.state["fallbacks"] >= 1).all())
+
+
+def test_attention_on_one_token() -> None:
+    """A head that sees one slot has nothing to gain; the others are fitted as without it."""
+    slots, step = situation(20)
+    expected = methods.create("attention_matching").compress(slots, 14, step)
+    keys, queries = slots.keys.clone(), step.queries.clone()
+    keys[:, 1] = 0
+    keys[:, 1, 5, 3] = 1e4  # the slowest rotation
+    queries[:, 1] = 0
+    queries[:, 1, :, :, 3] = 10
+    lonely = dataclasses.replace(slots, keys=keys)
+    left = methods.create("attention_matching").compress(lonely, 14, dataclasses.replace(step, queries=queries))
+    assert bool(left.values.isfinite().all()) and 5 in left.positions[0, 1].tolist()
+    assert evicted(left, lonely, 1) and float(left.state["fallbacks"][0, 1]) == 1
+    for head in (0, 2):
+        torch.testing.assert_close(left.values[:, head], expected.values[:, head])
+        torch.testing.assert_close(left.stats["bias"][:, head], expected.stats["bias"][:, head])
+
+
+def test_equal_keys_make_a_singular_system() -> None:
+    """Slots that no query can tell apart: the ridge decides, and nothing is infinite."""
+    slots, step = situation(20)
+    keys = slots.keys.clone()
+    keys[:, :, 1:] = keys[:, :, :1]
+    rotation = Rotation(torch.zeros(4))
+    left = methods.create("attention_matching", ridge=1e-9).compress(
+        dataclasses.replace(slots, keys=keys), 14, dataclasses.replace(step, rotation=rotation)
+    )
+    assert bool(left.values.isfinite().all() and left.stats["bias"].isfinite().all())
+
+
+def test_numbers_that_are_none_reach_no_slot() -> None:
+    """A head whose logits overflow keeps its slots as they were."""
+    slots, step = situation(20)
+    queries = step.queries.clone()
+    queries[:, 2] = torch.inf
+    left = methods.create("attention_matching").compress(slots, 14, dataclasses.replace(step, queries=queries))
+    assert bool(left.values.isfinite().all()) and evicted(left, slots, 2)
+    assert float(left.state["fallbacks"][0, 2]) == 1
+
+
+# --- reference queries -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queries", ["prompt", "gaussian"])
+def test_padding_and_neighbours_change_no_row(queries: str) -> None:
+    """A prompt is compressed to the same slots alone and beside a longer one, and twice to the same bits."""
+    model = kvrepro.prepare(tiny_model(layers=2))
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :9] = 0
+    caches = [kvrepro.make_cache(model, "attention_matching", 16, queries=queries, count=24) for _ in range(3)]
+    kvrepro.prefill(model, ids, caches[0], attention_mask=mask)
+    kvrepro.prefill(model, ids[1:, 9:], caches[1])
+    kvrepro.prefill(model, ids[1:, 9:], caches[2])
+    for beside, alone, again in zip(*(cache.compressed for cache in caches), strict=True):
+        assert torch.equal(alone.values, again.values)
+        assert torch.equal(beside.positions[1:], alone.positions)
+        torch.testing.assert_close(beside.values[1:], alone.values)
+        torch.testing.assert_close(beside.slots.stats["bias"][1:], alone.slots.stats["bias"])
+        assert torch.equal(beside.slots.state["fallbacks"][1:], alone.slots.state["fallbacks"])
+
+
+def test_draws_have_the_queries_mean_and_covariance() -> None:
+    slots, step = situation(20)
+    method = methods.create("attention_matching", queries="gaussian", count=20000)
+    plain = 0.5 + random(1, 3, 2, 20, 8, seed=7)
+    drawn = method._drawn(plain, torch.ones(1, 20, dtype=torch.bool), layer=1)
+    torch.testing.assert_close(drawn.mean(3), plain.mean(3), atol=0.05, rtol=0)
+    off = plain - plain.mean(3, keepdim=True)
+    centred = drawn - drawn.mean(3, keepdim=True)
+    torch.testing.assert_close(centred.mT @ centred / 20000, off.mT @ off / 20, atol=0.1, rtol=0)
+    other = methods.create("attention_matching", queries="gaussian", count=20000, seed=1)
+    assert not torch.equal(other._drawn(plain, torch.ones(1, 20, dtype=torch.bool), layer=1), drawn)
