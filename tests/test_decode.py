@@ -60,7 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int | float | None, str]] = {
     "kvslimmer blocks": ("kvslimmer", {"block": 3, "overlap": "released"}, 16, "appended"),
     "kvslimmer released": ("kvslimmer", {"variant": "released"}, 16, ""),
     "attention matching": ("attention_matching", {}, 16, ""),
-    "attention matching blocks": ("attention_matching", {"block": 4, "sinks": 1}, 16, "appended"),
+    "attention matching blocks": ("attention_matching", {"block": 4, "sinks": 1, "window": 6}, 16, "appended"),
     "attention matching gaussian": (
         "attention_matching",
         {"block": 3, "queries": "gaussian", "count": 9},
@@ -380,7 +380,7 @@ BLOCKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "skipping": ("kvmerger", {"skip_layers": True}, 5),
     "pairs": ("kvslimmer", {"block": 3}, 3),
     "pairs by gradient": ("asymkv", {"fisher": "forward", "block": 2, "recent": 2}, 3),
-    "fits": ("attention_matching", {"window": 2}, 3),
+    "fits": ("attention_matching", {"window": 6}, 3),
     "fits to draws": ("attention_matching", {"queries": "gaussian", "count": 8, "positions": "cache"}, 3),
 }
 

@@ -30,7 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kvslimmer released": ("kvslimmer", {"variant": "released"}),
     "asymkv": ("asymkv", {"fisher": "forward"}),
     "asymkv loss": ("asymkv", {}),
-    "attention_matching": ("attention_matching", {}),
+    "attention_matching": ("attention_matching", {"window": 9}),
 }
 
 

@@ -43,12 +43,11 @@ class AttentionMatching(Method):
     needs_rotation: ClassVar[bool] = True
     whole_numbers: ClassVar[tuple[str, ...]] = ("sinks", "recent", "window", "rounds")
 
-    recent: int | None = option(None, "ours: the newest token only (None), which has hardly been asked for yet")
+    recent: int | None = option(None, "ours: the newest token only (None), which few queries have seen")
     keys: str = option(
-        "mass",
-        "ours: the highest mean attention of the reference queries; 'rms' (second-hand: the paper's) its root mean "
-        "square",
-        ("mass", "rms"),
+        "rms",
+        "second-hand: the highest root mean square attention of the reference queries; 'mass' (ours) takes their mean",
+        ("rms", "mass"),
     )
     queries: str = option(
         "prompt",
@@ -56,13 +55,13 @@ class AttentionMatching(Method):
         ("prompt", "gaussian"),
     )
     count: int = option(1024, "ours: reference queries a query head, the last ones of the pass")
-    ahead: int = option(256, "ours: they stand at the next 256 positions, in turns")
-    window: int = option(32, "ours: reference queries while decoding; at most an eighth of the budget")
+    ahead: int = option(128, "ours: they stand at the next 128 positions, in turns")
+    window: int | None = option(None, "ours: reference queries while decoding; None is budget / 16, at most 32")
     rounds: int = option(30, "ours: rounds at most of the fit of biases; 0 fits none")
     ridge: float = option(
-        0.1,
-        "ours: the least ridge, as a share of a slot's mean square of attention; a head takes it, "
-        "10 or 100 times it, whichever is best on held-out queries",
+        0.01,
+        "ours: the least ridge, as a share of a slot's mean square of attention; a head takes it, 10 or 100 times it, "
+        "whichever is best on held-out queries",
     )
     block: int | None = option(None, "ours: while decoding, free this many slots at a time; None is budget / 16")
 
@@ -78,8 +77,8 @@ class AttentionMatching(Method):
         return max(1, self.recent or 0)
 
     def window_of(self, budget: int) -> int:
-        """The observation window, at most an eighth of the budget."""
-        return min(self.window, budget // 8)
+        """The observation window: a query head's query takes half a slot's bytes, so it is narrow (ours)."""
+        return min(32, budget // 16) if self.window is None else min(self.window, budget)
 
     def block_of(self, budget: int) -> int:
         """Slots freed at a time while decoding."""

@@ -57,7 +57,7 @@ def defaults(name: str, budget: int, mean_budget: int, options: dict[str, Any]) 
         "weightedkv": {"sinks": 4, "recent": budget // 2 - sinks, "positions": "cache"},
         "kvmerger": {"recent": int(0.34 * budget), "topk": int(0.24 * budget), "block": max(1, budget // 16)},
         "kvslimmer": pairs,
-        "attention_matching": {"window": min(32, budget // 8), "block": max(1, budget // 16)},
+        "attention_matching": {"window": min(32, budget // 16), "block": max(1, budget // 16)},
     }.get(name, {})
 
 

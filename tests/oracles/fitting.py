@@ -15,13 +15,13 @@ class AttentionMatching(Oracle):
     def __init__(
         self,
         *,
-        keys: str = "mass",
+        keys: str = "rms",
         queries: str = "prompt",
         count: int = 1024,
-        ahead: int = 256,
+        ahead: int = 128,
         window: int = 2,
         rounds: int = 30,
-        ridge: float = 0.1,
+        ridge: float = 0.01,
         block: int = 1,
         **common: object,
     ) -> None:
