@@ -1,7 +1,7 @@
 """Least-squares fits of attention: with what weights few slots carry a whole cache's mass, with what values its output.
 
-Every KV head of every row is a problem of its own; all are solved side by side, and nothing is decided on the host, so
-that a CUDA graph can hold a fit. Where there are fewer queries than slots, the fits work on the queries' products
+Every KV head of every row is a problem of its own; all are solved side by side, and nothing is decided on the host.
+Where there are fewer queries than slots, the fits work on the queries' products
 instead of the slots' (the dual, or kernel trick), with the same solution. A system that cannot be solved gives NaN, not
 an error.
 """

@@ -380,8 +380,6 @@ BLOCKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "skipping": ("kvmerger", {"skip_layers": True}, 5),
     "pairs": ("kvslimmer", {"block": 3}, 3),
     "pairs by gradient": ("asymkv", {"fisher": "forward", "block": 2, "recent": 2}, 3),
-    "fits": ("attention_matching", {"window": 6}, 3),
-    "fits to draws": ("attention_matching", {"queries": "gaussian", "count": 8, "positions": "cache"}, 3),
 }
 
 
@@ -412,6 +410,19 @@ def test_blocks_freed_in_place_are_those_of_plain_generate(case: str, rows: str,
     common_first, alone = first > 0, caches[0].method.block == 1
     assert left[0].replayed_due == due - (2 if alone and not common_first else 1)
     assert left[0].replayed == 39 - (3 if common_first else 2)
+
+
+@pytest.mark.parametrize("rows", ["even", "padded", "filling"])
+@pytest.mark.parametrize("options", [{"window": 6}, {"queries": "gaussian", "count": 8, "positions": "cache"}])
+def test_fits_are_made_on_the_host(options: dict[str, Any], rows: str, left: list[decode.Decoder]) -> None:
+    """A method that promises nothing of its compressions has the steps between them replayed."""
+    model = kvrepro.prepare(tiny_model())
+    ids, mask = padded(26, 8 if rows == "padded" else 0) if rows != "filling" else padded(10, 3)
+    caches = [kvrepro.make_cache(model, "attention_matching", 16, block=4, **options) for _ in range(2)]
+    ours = kvrepro.generate(model, ids, caches[0], 40, attention_mask=mask)
+    assert torch.equal(ours, plain(model, caches[1], ids, mask, 40))
+    assert_same_cache(*caches)
+    assert left[0].modes == ["appended"] * 3 and left[0].replayed > 10 and left[0].replayed_due == 0
 
 
 def test_empty_slots_are_compressed_on_the_host(model: PreTrainedModel, left: list[decode.Decoder]) -> None:

@@ -30,7 +30,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kvslimmer released": ("kvslimmer", {"variant": "released"}),
     "asymkv": ("asymkv", {"fisher": "forward"}),
     "asymkv loss": ("asymkv", {}),
-    "attention_matching": ("attention_matching", {"window": 9}),
 }
 
 
@@ -78,8 +77,13 @@ def test_repeated_chunks_read_as_others_do(name: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("method", "budget", "options"),
-    [("full", None, {}), ("h2o", 200, {}), ("kvmerger", 32, {"budget_mode": "threshold"})],
-    ids=["full", "not full yet", "unbounded"],
+    [
+        ("full", None, {}),
+        ("h2o", 200, {}),
+        ("kvmerger", 32, {"budget_mode": "threshold"}),
+        ("attention_matching", 32, {}),
+    ],
+    ids=["full", "not full yet", "unbounded", "without the promise"],
 )
 def test_what_changes_its_size_is_not_repeated(
     method: str, budget: int | None, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -27,11 +27,14 @@ class AttentionMatching(Method):
     they carry the whole cache's mass, then their values from ridge regression, so that they give its output. The "whole
     cache" is what the slots hold when they overflow: fitted slots of earlier rounds, and the tokens since. A head that
     cannot be fitted, or whose fit is no better on held-out queries, keeps its slots as they are (plain eviction).
-    `slots.state["fallbacks"]` counts these for each head; while decoding frees blocks of slots the count stands still.
+    `slots.state["fallbacks"]` counts these for each head.
 
     The paper's reference queries are those of the context read twice, or of questions that the model asks itself. Both
     need further passes of the model, which a method here does not have: they are those of the tokens just read, moved
     to future positions. While decoding they are the last `window` queries.
+
+    It makes no promise that a CUDA graph can hold `compress` (`steady`, `leaves`): graphs of factorisations have not
+    been tried on a GPU. Between two compressions steps are captured all the same.
     """
 
     name: ClassVar[str] = "attention_matching"
@@ -102,18 +105,9 @@ class AttentionMatching(Method):
         """No head has fallen back yet."""
         return {"fallbacks": slots.positions.new_zeros(slots.positions.shape[:2], dtype=torch.float32)}
 
-    def steady(self, budget: int, arrived: int = 1) -> bool:
-        """Chunks of a prompt are; while decoding, if one slot goes at a time."""
-        return arrived > 1 or self.block_of(budget) == 1
-
-    def leaves(self, budget: int) -> int | None:
-        """A block less than the slots that are one too many; one slot at a time is `steady`."""
-        return budget + 1 - self.block_of(budget) if self.block_of(budget) > 1 else None
-
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Choose the slots that stay, then fit them to what the reference queries get from all."""
-        decoding = step.queries.shape[3] == 1
-        goal = budget + 1 - self.block_of(budget) if decoding else budget
+        goal = budget + 1 - self.block_of(budget) if step.queries.shape[3] == 1 else budget
         asked = self.reference(slots, step, budget)
         whole = _look(asked, slots, self.keys)
         keep, size = self._kept(slots, whole.score, budget, goal)
@@ -121,15 +115,13 @@ class AttentionMatching(Method):
         cut = keep.sum(dim=2) < slots.valid.sum(dim=2)  # [B, H]: a row of a batch that still fits stays as it is
         values, bias, good = self.fit(left, asked, whole)
         changed = good & cut
-        new = dataclasses.replace(
+        known = slots.state or self.initial_state(slots)
+        return dataclasses.replace(
             left,
             values=torch.where(changed[..., None, None], values, left.values),
             stats={**left.stats, "bias": left.stats["bias"] + torch.where(changed[..., None], bias, 0.0)},
+            state={"fallbacks": known["fallbacks"] + (cut & ~good).float()},
         )
-        if decoding and self.leaves(budget) is not None:  # which promises that no state changes
-            return new
-        known = slots.state or self.initial_state(slots)
-        return dataclasses.replace(new, state={"fallbacks": known["fallbacks"] + (cut & ~good).float()})
 
     def _kept(self, slots: Slots, score: Tensor, budget: int, goal: int) -> tuple[Tensor, int]:
         """`[B, H_kv, S]` bool: the slots that stay, `goal` of those of a row that exceeds the budget; slots a head."""
