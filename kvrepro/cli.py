@@ -1,4 +1,4 @@
-"""The command ``kvrepro``: methods, run, eval, build, compare, ledger, doctor, fetch.
+"""The command ``kvrepro``: methods, run, eval, build, compare, ledger, doctor, fetch, completion.
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 130 stopped. Errors are one line; ``--debug`` shows where they come from.
 """
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import get_completion_class
 
 import kvrepro
 from kvrepro import assets, methods
 from kvrepro.book.project import PROFILES, Project
-from kvrepro.cli_eval import evaluate, executor_option
+from kvrepro.cli_eval import completed, evaluate, executor_option
 from kvrepro.cli_tasks import COMMANDS
 from kvrepro.compare import RTOL, Comparison, compare
 from kvrepro.doctor import examine
@@ -43,7 +44,7 @@ def cli(debug: bool) -> None:
 
 
 @cli.command("methods", epilog=_example("kvrepro methods", "kvrepro methods weightedkv", "kvrepro methods --json"))
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completed(methods.names))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def methods_command(name: str | None, as_json: bool) -> None:
     """List the methods, or show one with its options, their defaults and where each default comes from."""
@@ -68,7 +69,7 @@ def methods_command(name: str | None, as_json: bool) -> None:
         "kvrepro run kvmerger/needle methods='[full, kvmerger(sigma=5.0)]'",
     ),
 )
-@click.argument("notebook")
+@click.argument("notebook", shell_complete=completed(lambda: _notebooks()))
 @click.argument("parameters", nargs=-1, metavar="[NAME=VALUE]...")
 @click.option("--profile", type=_PROFILE, help="Whose parameters to start from.  [default: gpu with CUDA, else quick]")
 @click.option("--force", is_flag=True, help="Run it although nothing changed.")
@@ -89,7 +90,14 @@ def run_command(notebook: str, parameters: tuple[str, ...], profile: str | None,
     "build", epilog=_example("kvrepro build", "kvrepro build --profile smoke", "kvrepro build -n kvmerger/needle")
 )
 @click.option("--profile", type=_PROFILE, help="How much to measure.  [default: gpu with CUDA, else quick]")
-@click.option("-n", "--notebook", "notebooks", multiple=True, help="Only this notebook; may be given several times.")
+@click.option(
+    "-n",
+    "--notebook",
+    "notebooks",
+    multiple=True,
+    shell_complete=completed(lambda: _notebooks()),
+    help="Only this notebook; may be given several times.",
+)
 @click.option("--force", is_flag=True, help="Run the notebooks although nothing changed.")
 @click.option("--site/--no-site", default=True, show_default=True, help="Build the pages afterwards.")
 @executor_option
@@ -170,6 +178,25 @@ def ledger_command(paper: str | None, as_json: bool) -> None:
     rows = [(entry.claim.id, entry.verdict, entry.state or "no records", entry.claim.text) for entry in entries]
     _print_table(("claim", "verdict", "records", "text"), rows)
     click.echo(", ".join(f"{number} {verdict}" for verdict, number in counts(entries).items()))
+
+
+@cli.command(
+    "completion",
+    epilog=_example(
+        'eval "$(kvrepro completion bash)"              # in ~/.bashrc',
+        'eval "$(kvrepro completion zsh)"               # in ~/.zshrc',
+        "kvrepro completion fish > ~/.config/fish/completions/kvrepro.fish",
+    ),
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_command(shell: str) -> None:
+    """Print what lets a shell complete commands, options, methods and notebooks with the tab key."""
+    click.echo(get_completion_class(shell)(cli, {}, "kvrepro", "_KVREPRO_COMPLETE").source())
+
+
+def _notebooks() -> list[str]:
+    """The names of the checkout's notebooks."""
+    return [notebook.name for notebook in Project.find().notebooks()]
 
 
 @cli.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)

@@ -113,6 +113,16 @@ def _options(context: click.Context, parameter: click.Parameter, value: tuple[st
     return parse(value)
 
 
+def completed(names: Callable[[], list[str]]) -> Callable[..., list[str]]:
+    """What the tab key offers for an argument: those of ``names()`` that begin with what is written."""
+
+    def offered(context: click.Context, parameter: click.Parameter, written: str) -> list[str]:
+        """As click calls it."""
+        return [name for name in names() if name.startswith(written)]
+
+    return offered
+
+
 def _common(command: Callable[..., None]) -> Callable[..., None]:
     """Argument and options that all evaluations share; the command gets a ``Setup``."""
 
@@ -123,7 +133,7 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 
     with_setup.__doc__, with_setup.__name__ = command.__doc__, command.__name__
     decorators = [
-        click.argument("method"),
+        click.argument("method", shell_complete=completed(methods.names)),
         click.option("--budget", type=Budget(), help="Slots per KV head and layer, or a share such as 0.25."),
         click.option("-o", "--option", "options", multiple=True, callback=_options, help="NAME=VALUE of the method."),
         click.option("--model", default=models.DEFAULT, show_default=True, help="Embedded, a hub id or a folder."),

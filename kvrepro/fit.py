@@ -162,7 +162,7 @@ def ridge_solution(gram: Tensor, moment: Tensor, ridge: Tensor, columns: int | N
 
 
 def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = None) -> Tensor:
-    """Factors on the slots' weights with which they carry the whole cache's mass: min |M w - 1|^2 over w >= 0.
+    """Factors on the slots' weights with which they carry the whole cache's mass: ``min |M w - 1|^2`` over w >= 0.
 
     Non-negative least squares by accelerated projected gradient from w = 1, which stops at the round whose result for
     the first half of the queries is best on the second half: carried to its end it gives most slots no weight (ours).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -262,3 +263,33 @@ class TestEval:
     def test_text_shorter_than_the_prompt(self, kv: Any) -> None:
         code, _, err = kv("eval", "needle", "h2o", "--length", "99999999")
         assert code == 2 and "length" in err or "tokens" in err
+
+
+# --- completion ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_printed_for_each_shell(kv: Any, shell: str) -> None:
+    code, out, _ = kv("completion", shell)
+    assert code == 0 and "_KVREPRO_COMPLETE" in out and f"{shell}_complete" in out
+    assert kv("completion", "tcsh")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("kvrepro me", {"methods"}),
+        ("kvrepro methods weigh", {"weightedkv"}),
+        ("kvrepro eval ppl kvs", {"kvslimmer"}),
+        ("kvrepro run weightedkv/p", {"weightedkv/perplexity"}),
+        ("kvrepro build -n kvmerger/ne", {"kvmerger/needle"}),
+        ("kvrepro build --profile s", {"smoke"}),
+    ],
+)
+def test_the_tab_key_offers(words: str, offered: set[str]) -> None:
+    """As bash asks: the words in an environment variable, the offers in lines of kind and word."""
+    asked = {"_KVREPRO_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    root = Path(kvrepro.__file__).resolve().parents[1]
+    command = [sys.executable, "-c", "from kvrepro.cli import main; main()"]
+    done = subprocess.run(command, cwd=root, env={**os.environ, **asked}, capture_output=True, text=True, check=False)
+    assert {line.split(",", 1)[1] for line in done.stdout.splitlines()} == offered, done.stderr

@@ -23,6 +23,7 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
+import kvrepro
 from kvrepro.book import Project
 from kvrepro.book.site import outside_references, toc_files
 from kvrepro.book.stamps import Stamp
@@ -115,6 +116,13 @@ def test_site_has_every_page_and_no_warning(smoke: Smoke) -> None:
     assert missing == []
     log = (smoke.project.work / "jupyter-book.log").read_text(encoding="utf-8")
     assert "WARNING" not in log
+
+
+def test_public_names_are_documented(smoke: Smoke) -> None:
+    page = (smoke.project.html / "book" / "api.html").read_text(encoding="utf-8")
+    known = {f"kvrepro.{name}" for name in kvrepro.__all__} - {"kvrepro.methods", "kvrepro.__version__"}
+    known |= {f"kvrepro.methods.{name}" for name in ("names", "describe", "create", "register")}
+    assert not {name for name in known if f'id="{name}"' not in page}
 
 
 def test_every_result_offers_its_records(smoke: Smoke) -> None:

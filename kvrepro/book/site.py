@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from kvrepro.book.pages import fill_glue, glued_in_prose, placeholder, status_pa
 from kvrepro.book.project import BookError, Notebook, Project
 from kvrepro.book.published import link, published_notebooks, shown, stage_published
 from kvrepro.book.stamps import Sources, Stamp, why
+from kvrepro.fingerprint import PACKAGE_DIR
 
 _COMMAND = ["build", ".", "--path-output", ".", "--all", "--keep-going", "-n"]
 _WARNING = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
@@ -169,9 +171,11 @@ def _inputs(project: Project) -> str:
         digest.update(f"{tool} {metadata.version(tool)}\n".encode())
     folders = (project.book, project.root / "notebooks")
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if _is_input(path)]
-    for path in [project.root / "_config.yml", project.root / "_toc.yml", *files]:
+    files += [project.root / "_config.yml", project.root / "_toc.yml"]
+    files += sorted(PACKAGE_DIR.rglob("*.py"))  # the page of public names is made from its docstrings
+    for path in files:
         content = hashlib.sha256(path.read_bytes()).hexdigest()
-        digest.update(f"{path.relative_to(project.root)} {content}\n".encode())
+        digest.update(f"{os.path.relpath(path, project.root)} {content}\n".encode())
     return digest.hexdigest()
 
 
