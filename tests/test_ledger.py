@@ -21,7 +21,7 @@ from kvrepro.book.ledger_page import ledger_page
 from kvrepro.book.pages import published_table, variants_table
 from kvrepro.book.parameters import check, defaults, parse
 from kvrepro.cli import cli, main
-from kvrepro.experiments import across, speed
+from kvrepro.experiments import across, speed, task_runtimes
 from kvrepro.experiments.common import parse_variants
 from kvrepro.ledger import Claim, Entry, current, judge, ledger, newest, published, read_claims, select
 from kvrepro.records import Cell, Record, Value
@@ -506,17 +506,17 @@ class TestRealLedger:
         assert one.rule["tasks"] == given["tasks"] == list(longbench.NAMES)
         setup = speed.Setup(given["shape"], "cpu")
         cells = [
-            speed._task_cell(
+            task_runtimes._task_cell(
                 setup, parse_variants(["kvslimmer", "asymkv"]), name, None, given["samples"], budget=given["budget"],
                 chunk=given["chunk"], max_length=given["max_length"], tokenizer="smollm2-135m",
             )
             for name in given["tasks"]
         ]  # fmt: skip
-        about = {"commit": "c" * 40, "date": "2026-01-01", "module": speed.__name__, "code": CODE}
+        about = {"commit": "c" * 40, "date": "2026-01-01", "module": task_runtimes.__name__, "code": CODE}
         made = [Record(cell.identity, cell, Value(30.0, 1.0, 3), "ok", "", about) for cell in cells]
         assert judge(one, made).verdict == REPRODUCED
         entry = judge(one, made[1:])
-        assert entry.verdict == NOT_RUN and "KVREPRO_DATA_DIR" in entry.reason
+        assert entry.verdict == NOT_RUN and "narrativeqa" in entry.reason
         assert "kvrepro run kvslimmer/efficiency --profile gpu" in ledger_page([entry])
 
     def test_page(self, entries: list[Entry]) -> None:

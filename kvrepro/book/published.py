@@ -30,6 +30,8 @@ from kvrepro.ledger import current, newest
 from kvrepro.records import Record, read_records, write_records
 
 PROFILE = "gpu"
+#: Pages that begin with what is published, so that a published page of theirs would show an older state of it.
+_SHOW_IT_THEMSELVES = frozenset({"speed/hardware"})
 #: The way from a page to the folder of the chapters: pages are called paper/name and lie one folder below it.
 _UP = "../../"
 _LABEL = re.compile(r"^\(([\w-]+)\)=$", re.MULTILINE)
@@ -59,7 +61,8 @@ def published_notebooks(project: Project, notebooks: Sequence[Notebook]) -> list
 def keep(project: Project, names: Sequence[str] = ()) -> tuple[list[str], list[Record]]:
     """Keep the pages that were run with the ``gpu`` profile as the published ones, and their records.
 
-    A page whose parameters are the quick profile's, too, says nothing new and is left out.
+    A page whose parameters are the quick profile's, too, says nothing new and is left out; so is one that shows what
+    is published on the reader's own page.
 
     Args:
         project: the checkout.
@@ -82,7 +85,11 @@ def keep(project: Project, names: Sequence[str] = ()) -> tuple[list[str], list[R
         if stamp.failure or stamp.environment.get("dirty"):
             raise BookError(f"{notebook.name} is not published: {stamp.failure or 'commit the changes first'}")
     records = [r for notebook, _ in chosen if notebook.records.is_file() for r in read_records(notebook.records)]
-    pages = [notebook for notebook, stamp in chosen if dict(stamp.parameters) != notebook.parameters("quick")]
+    pages = [
+        notebook
+        for notebook, stamp in chosen
+        if dict(stamp.parameters) != notebook.parameters("quick") and notebook.name not in _SHOW_IT_THEMSELVES
+    ]
     for notebook in pages:
         target = kept(project, notebook)
         target.parent.mkdir(parents=True, exist_ok=True)
