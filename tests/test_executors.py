@@ -312,7 +312,7 @@ ASKED: dict[str, dict[str, Any]] = {
 
 
 def experiments() -> dict[str, Callable[..., list[records.Record]]]:
-    """Every function that sweeps, by module and name; those of ``speed`` stay here, ``targets`` reads."""
+    """Every function that sweeps, by module and name; what times a machine stays there, ``targets`` reads."""
     found = {}
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
@@ -320,7 +320,7 @@ def experiments() -> dict[str, Callable[..., list[records.Record]]]:
             own = function.__module__ == module.__name__ and not name.startswith("_")
             if (
                 own
-                and info.name not in ("speed", "targets")
+                and info.name not in ("speed", "task_runtimes", "targets")
                 and function.__annotations__.get("return") == "list[Record]"
             ):
                 found[f"{info.name}.{name}"] = function
