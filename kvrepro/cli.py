@@ -17,7 +17,7 @@ from click.shell_completion import get_completion_class
 
 import kvrepro
 from kvrepro import assets, methods
-from kvrepro.book.project import PROFILES, Project
+from kvrepro.book.project import PROFILES, BookError, Project
 from kvrepro.cli_eval import completed, evaluate, executor_option
 from kvrepro.cli_tasks import COMMANDS
 from kvrepro.compare import RTOL, Comparison, compare
@@ -31,6 +31,14 @@ _FAILURES = (OSError, RuntimeError)  # what this package and its libraries raise
 def _example(*lines: str) -> str:
     """An epilog that click does not rewrap."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _notebooks() -> list[str]:
+    """The names of the checkout's notebooks; none outside one, where there is nothing to complete."""
+    try:
+        return [notebook.name for notebook in Project.find().notebooks()]
+    except BookError:
+        return []
 
 
 @click.group(
@@ -69,7 +77,7 @@ def methods_command(name: str | None, as_json: bool) -> None:
         "kvrepro run kvmerger/needle methods='[full, kvmerger(sigma=5.0)]'",
     ),
 )
-@click.argument("notebook", shell_complete=completed(lambda: _notebooks()))
+@click.argument("notebook", shell_complete=completed(_notebooks))
 @click.argument("parameters", nargs=-1, metavar="[NAME=VALUE]...")
 @click.option("--profile", type=_PROFILE, help="Whose parameters to start from.  [default: gpu with CUDA, else quick]")
 @click.option("--force", is_flag=True, help="Run it although nothing changed.")
@@ -95,7 +103,7 @@ def run_command(notebook: str, parameters: tuple[str, ...], profile: str | None,
     "--notebook",
     "notebooks",
     multiple=True,
-    shell_complete=completed(lambda: _notebooks()),
+    shell_complete=completed(_notebooks),
     help="Only this notebook; may be given several times.",
 )
 @click.option("--force", is_flag=True, help="Run the notebooks although nothing changed.")
@@ -192,11 +200,6 @@ def ledger_command(paper: str | None, as_json: bool) -> None:
 def completion_command(shell: str) -> None:
     """Print what lets a shell complete commands, options, methods and notebooks with the tab key."""
     click.echo(get_completion_class(shell)(cli, {}, "kvrepro", "_KVREPRO_COMPLETE").source())
-
-
-def _notebooks() -> list[str]:
-    """The names of the checkout's notebooks."""
-    return [notebook.name for notebook in Project.find().notebooks()]
 
 
 @cli.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)

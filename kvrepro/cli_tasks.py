@@ -12,8 +12,9 @@ from typing import Any
 import click
 from transformers import PreTrainedTokenizerBase
 
+from kvrepro import methods as registry
 from kvrepro import models
-from kvrepro.cli_eval import Budget, executor_option
+from kvrepro.cli_eval import Budget, completed, executor_option
 from kvrepro.records import DONE, Record
 from kvrepro.tasks import longbench, ruler, synthwiki, zeroscrolls
 from kvrepro.tasks.base import Task
@@ -69,6 +70,7 @@ def _options(names: Sequence[str]) -> list[Callable[..., Any]]:
             multiple=True,
             default=names[:1],
             show_default=True,
+            shell_complete=completed(lambda: list(names)),
             help=f"One of {', '.join(names)}; may be given several times.",
         ),
         click.option(
@@ -76,6 +78,7 @@ def _options(names: Sequence[str]) -> list[Callable[..., Any]]:
             "methods",
             multiple=True,
             required=True,
+            shell_complete=completed(registry.names),
             help="Such as h2o or 'kvmerger(sigma=5.0)'; may be given several times, the others are compared with the "
             "first.",
         ),

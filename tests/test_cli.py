@@ -14,7 +14,7 @@ from book_project import make_project
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kvrepro
-from kvrepro import assets, executors, methods
+from kvrepro import assets, cli, executors, methods
 from kvrepro.cli import main
 from kvrepro.compare import compare
 from kvrepro.records import Cell, Store, Value
@@ -284,6 +284,8 @@ def test_completion_is_printed_for_each_shell(kv: Any, shell: str) -> None:
         ("kvrepro run weightedkv/p", {"weightedkv/perplexity"}),
         ("kvrepro build -n kvmerger/ne", {"kvmerger/needle"}),
         ("kvrepro build --profile s", {"smoke"}),
+        ("kvrepro eval ruler --task niah_si", {"niah_single"}),
+        ("kvrepro eval ruler --method tov", {"tova"}),
     ],
 )
 def test_the_tab_key_offers(words: str, offered: set[str]) -> None:
@@ -293,3 +295,8 @@ def test_the_tab_key_offers(words: str, offered: set[str]) -> None:
     command = [sys.executable, "-c", "from kvrepro.cli import main; main()"]
     done = subprocess.run(command, cwd=root, env={**os.environ, **asked}, capture_output=True, text=True, check=False)
     assert {line.split(",", 1)[1] for line in done.stdout.splitlines()} == offered, done.stderr
+
+
+def test_the_tab_key_offers_no_notebooks_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KVREPRO_ROOT", str(tmp_path))
+    assert cli._notebooks() == []

@@ -83,6 +83,12 @@ class TestKeep:
         ran(project, parameters={})
         assert keep(project)[0] == []
 
+    def test_a_page_that_shows_what_is_published_is_left_out(self, project: Project) -> None:
+        index = project.index.read_text(encoding="utf-8")
+        assert ran(project) and keep(project)[0] == ["demo/words"]
+        project.index.write_text(index.replace("- name: demo/words\n", "- name: demo/words\n  twin: false\n"))
+        assert keep(project)[0] == []
+
     def test_refusals(self, project: Project) -> None:
         with pytest.raises(BookError, match="no page was run with the profile gpu"):
             keep(project)

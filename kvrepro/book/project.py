@@ -41,6 +41,7 @@ class Notebook:
         page: the notebook as it was run, a page of the book.
         expected: seconds a run takes on two CPU cores, by profile, where that is known: for the time left, before a
             first run here tells better.
+        twin: whether ``results/published`` keeps its page; not of one that shows what is published itself.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Notebook:
     source: Path = field(repr=False)
     page: Path = field(repr=False)
     expected: Mapping[str, float] = field(default_factory=dict, repr=False)
+    twin: bool = True
 
     @property
     def stamp(self) -> Path:
@@ -159,6 +161,7 @@ class Project:
             source=self.root / "notebooks" / f"{name}.ipynb",
             page=self.pages / f"{name}.ipynb",
             expected=dict(entry.get("seconds") or {}),
+            twin=bool(entry.get("twin", True)),
         )
         if not notebook.source.is_file():
             raise BookError(f"{self.index} lists {name}, but there is no {notebook.source}")

@@ -30,8 +30,6 @@ from kvrepro.ledger import current, newest
 from kvrepro.records import Record, read_records, write_records
 
 PROFILE = "gpu"
-#: Pages that begin with what is published, so that a published page of theirs would show an older state of it.
-_SHOW_IT_THEMSELVES = frozenset({"speed/hardware"})
 #: The way from a page to the folder of the chapters: pages are called paper/name and lie one folder below it.
 _UP = "../../"
 _LABEL = re.compile(r"^\(([\w-]+)\)=$", re.MULTILINE)
@@ -61,8 +59,8 @@ def published_notebooks(project: Project, notebooks: Sequence[Notebook]) -> list
 def keep(project: Project, names: Sequence[str] = ()) -> tuple[list[str], list[Record]]:
     """Keep the pages that were run with the ``gpu`` profile as the published ones, and their records.
 
-    A page whose parameters are the quick profile's, too, says nothing new and is left out; so is one that shows what
-    is published on the reader's own page.
+    A page whose parameters are the quick profile's, too, says nothing new and is left out; so is one that shows itself
+    what is published (``twin: false`` in the index), whose copy would show an older state of it.
 
     Args:
         project: the checkout.
@@ -88,7 +86,7 @@ def keep(project: Project, names: Sequence[str] = ()) -> tuple[list[str], list[R
     pages = [
         notebook
         for notebook, stamp in chosen
-        if dict(stamp.parameters) != notebook.parameters("quick") and notebook.name not in _SHOW_IT_THEMSELVES
+        if notebook.twin and dict(stamp.parameters) != notebook.parameters("quick")
     ]
     for notebook in pages:
         target = kept(project, notebook)

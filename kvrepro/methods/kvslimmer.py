@@ -65,7 +65,7 @@ class KVSlimmer(PairMerging):
         return super().steady(budget, arrived)
 
     def leaves(self, budget: int) -> int | None:
-        """See `PairMerging.leaves`; stated here because `compress` is."""
+        """See `PairMerging.leaves`; stated here because `accumulate` is."""
         return super().leaves(budget)
 
     def accumulate(self, slots: Slots, found: dict[str, Tensor], step: Step) -> Slots:
