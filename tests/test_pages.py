@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = toc_files(Project(ROOT))
 WRITTEN = ("results", "published", "_generated", "status.md", "compare.md")
 GENERATED = shutil.ignore_patterns(*WRITTEN, "__pycache__", ".ipynb_checkpoints")
-LOCAL_SCHEMES = ("data", "blob", "about", "chrome", "devtools")
+LOCAL_SCHEMES = ("data", "blob", "about", "file")
+BROWSER_SCHEMES = ("chrome", "chrome-untrusted", "chrome-extension", "devtools")
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,10 @@ def open_page(browser: webdriver.Chrome, url: str) -> None:
 
 
 def requests(browser: webdriver.Chrome) -> list[str]:
-    """Addresses that the page asked for."""
+    """Addresses that the page asked for, without those of the browser's own pages: its new tab is slow to close."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [message["params"]["request"] for message in messages if message["method"] == "Network.requestWillBeSent"]
-    return [request["url"] for request in sent]
+    sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    return [one["request"]["url"] for one in sent if urlsplit(one["documentURL"]).scheme not in BROWSER_SCHEMES]
 
 
 def outside(urls: list[str]) -> list[str]:
@@ -199,7 +200,7 @@ def outside(urls: list[str]) -> list[str]:
     return [
         url.geturl()
         for url in here
-        if url.scheme not in (*LOCAL_SCHEMES, "file") and url.hostname not in ("127.0.0.1", "localhost")
+        if url.scheme not in LOCAL_SCHEMES and url.hostname not in ("127.0.0.1", "localhost")
     ]
 
 
