@@ -9,6 +9,9 @@ P ?=
 T ?=
 B ?=
 
+# All tests: a process a core, at most 8. Tests of one file stay together, for what they share is made once.
+SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist loadfile
+
 PY := $(VENV)/bin/python
 KVREPRO := $(PY) -m kvrepro
 INSTALLED := $(VENV)/.installed
@@ -36,7 +39,7 @@ notebook: $(FETCHED) ## run one notebook (NB) with new parameters (P)
 	@$(KVREPRO) run $(if $(PROFILE),--profile "$(PROFILE)") "$(NB)" $(if $(P),'$(P)')
 
 test: $(FETCHED) ## environment, embedded model, test suite (with a smoke build of the book and its pages in Chromium)
-	@$(PY) -m pytest $(T)
+	@$(PY) -m pytest $(or $(T),$(SIDE_BY_SIDE))
 
 bench: $(INSTALLED) ## timings beside their peers and floors (B="--quick" on a machine without a large GPU)
 	@$(PY) -m benchmarks $(B)
