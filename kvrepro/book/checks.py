@@ -37,7 +37,8 @@ def check_profile_runs(profile: str, parameters: Sequence[Mapping[str, Any]]) ->
     """
     if missing := profile_problems(profile, parameters):
         listing = "\n".join(f"  - {problem}" for problem in missing)
-        other = " PROFILE=quick runs on any machine." if profile in _NEEDS_GPU else ""
+        fetch = " `kvrepro fetch papers` gets its models and data." if profile == "paper" else ""
+        other = f"{fetch} PROFILE=quick runs on any machine." if profile in _NEEDS_GPU else ""
         raise BookError(f"the profile {profile} cannot run here yet:\n{listing}\nNothing was run.{other}")
     if any(asset.state != "ready" for asset in assets.status()):
         assets.fetch()

@@ -16,6 +16,7 @@ from kvrepro.book.progress import duration
 from kvrepro.book.project import PROFILES, Notebook, Project
 from kvrepro.book.stamps import Stamp
 from kvrepro.ledger import current, published
+from kvrepro.papers.table import Dataset, Model, entries
 from kvrepro.records import Record, read_records
 from kvrepro.rules import RULES, Missing
 
@@ -105,6 +106,62 @@ def variants_table(records: Sequence[Record]) -> str:
     return markdown_table(header, rows) if rows else "No published record compares the two.\n"
 
 
+def papers_tables() -> str:
+    """The papers' models and data: what is fetched from where, how large it is, and who reads it."""
+    models = [entry for entry in entries() if isinstance(entry, Model)]
+    datasets = [entry for entry in entries() if isinstance(entry, Dataset)]
+    model_rows = [
+        [
+            code(m.name),
+            _place(m),
+            _gigabytes(m.download),
+            f"{_gigabytes(m.memory)} at {m.context:,} tokens",
+            f"[yes]({m.page})" if m.gated else "no",
+            m.licence,
+            _used(m),
+        ]
+        for m in models
+    ]
+    data_rows = [
+        [
+            code(d.name),
+            f"{d.title}. {d.note}".strip(),
+            _place(d),
+            _gigabytes(d.download),
+            d.read_as,
+            d.licence,
+            _used(d),
+        ]
+        for d in datasets
+    ]
+    last = ["Licence", "Used by"]
+    model_header = ["Model", "From, at commit", "Download", "GPU memory", "Gated", *last]
+    data_header = ["Data", "What it is", "From, at commit", "Download", "Read as", *last]
+    return f"{wide(markdown_table(model_header, model_rows))}\n{wide(markdown_table(data_header, data_rows))}"
+
+
+def _place(entry: Model | Dataset) -> str:
+    """Where an entry comes from, with links."""
+    files = entry.files if isinstance(entry, Dataset) else ()
+    links = [f"[{file.name}]({file.url})" for file in files if file.url]
+    if entry.repo:
+        kind = "datasets/" if isinstance(entry, Dataset) else ""
+        names = ", ".join(code(file.path) for file in files if file.path)
+        hub = f"[{entry.repo}](https://huggingface.co/{kind}{entry.repo}/tree/{entry.revision}), "
+        links.insert(0, f"{hub}{code(entry.revision[:7])}" + (f": {names}" if names else ""))
+    return "; ".join(links) + ("" if entry.checked else " (not checked)")
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _used(entry: Model | Dataset) -> str:
+    """Papers that used it and notebooks that do."""
+    papers = ", ".join(entry.papers) or "none of the three"
+    return f"{papers}; {', '.join(map(code, entry.used_by)) or 'nothing here yet'}"
+
+
 def write_generated(project: Project, notebooks: Sequence[Notebook]) -> None:
     """Write the tables that the chapters include, under ``book/_generated``."""
     folder = project.book / "_generated"
@@ -112,6 +169,7 @@ def write_generated(project: Project, notebooks: Sequence[Notebook]) -> None:
         write_if_changed(folder / "options" / f"{name}.md", options_table(name))
     write_if_changed(folder / "methods.md", methods_table())
     write_if_changed(folder / "variants.md", variants_table(published()))
+    write_if_changed(folder / "papers.md", papers_tables())
     write_if_changed(folder / "notebooks.md", notebooks_table(notebooks))
     profiles = [f"### {name}\n\n{about}.\n\n{profiles_table(notebooks, name)}\n" for name, about in PROFILES.items()]
     write_if_changed(folder / "profiles.md", "".join(profiles))
