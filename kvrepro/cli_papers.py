@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from kvrepro.cli_eval import completed
 from kvrepro.papers import fetch as papers
-from kvrepro.papers.table import Dataset, Model, entries, select
+from kvrepro.papers.table import Dataset, Model, entries, select, size
 from kvrepro.texts import DATA_VARIABLE
 
 _EXAMPLES = """\b
@@ -34,7 +34,7 @@ Examples:
     help=f"Folder for the data.  [default: {DATA_VARIABLE}, else papers in kvrepro's cache]",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what there is, what is missing and what it takes. No network.")
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Only say the same as JSON.")
 @click.option("--check", is_flag=True, help="Compare the models' sha256 sums, too (a minute or more).")
 @click.option("--update", is_flag=True, help="Take the newest commit of what is named, instead of the known one.")
 def papers_command(
@@ -96,16 +96,16 @@ def _print_plan(folder: papers.Folder, states: Sequence[papers.State]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    missing = _size(sum(state.missing for state in states))
-    click.echo(f"\nTo download: about {missing}. Data goes to {folder.path}, models to {constants.HF_HUB_CACHE}.")
+    missing = size(sum(state.missing for state in states), exact=False)
+    click.echo(f"\nTo download: {missing}. Data goes to {folder.path}, models to {constants.HF_HUB_CACHE}.")
     for disk in papers.space(folder, states):
         where = " and ".join(str(path) for path in disk.where)
-        click.echo(f"Disk: {_size(disk.needed)} needed, {_size(disk.free)} free in {where}")
+        click.echo(f"Disk: {size(disk.needed)} needed, {size(disk.free)} free in {where}")
     models = [state.entry for state in states if isinstance(state.entry, Model)]
     if models:
         largest = max(models, key=lambda model: model.memory)
         click.echo(
-            f"GPU: {_size(largest.memory)} for the weights of {largest.name} and the full cache of one sequence of "
+            f"GPU: {size(largest.memory)} for the weights of {largest.name} and the full cache of one sequence of "
             f"{largest.context:,} tokens in bfloat16, by arithmetic; activations and batches come on top"
         )
     gated = [s.entry for s in states if isinstance(s.entry, Model) and s.entry.gated and s.state != "here"]
@@ -123,12 +123,8 @@ def _row(folder: papers.Folder, state: papers.State) -> tuple[str, ...]:
         entry.name,
         entry.repo or "GitHub",
         folder.commit(entry)[:7],
-        _size(entry.download),
+        size(entry.download, entry.exact),
         "yes" if entry.gated else "no",
         f"{state.state} ({state.detail})" if state.detail else state.state,
         purpose if entry.used_by else "nothing yet",
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -28,9 +28,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kvrepro import cli, doctor, models, tasks, texts
-from kvrepro.book.checks import _named
+from kvrepro.book import checks
 from kvrepro.book.pages import papers_tables
-from kvrepro.book.project import Project
+from kvrepro.book.project import BookError, Project
 from kvrepro.doctor import examine
 from kvrepro.papers import fetch, hub, table
 from kvrepro.papers.convert import CONVERTERS
@@ -510,11 +510,20 @@ def test_a_commit_that_is_gone_has_a_way_out(world: World) -> None:
     assert world.states() == {**world.states(), "llama-2-7b": "here", "pg19": "here"}
 
 
-def test_a_repository_that_is_gone_and_one_without_weights_are_said(world: World) -> None:
+def test_what_is_gone_from_the_hub_or_not_what_is_read_is_said(world: World) -> None:
     del world.hub.repos["emozilla/pg19-test"]
+    del world.hub.repos["suolyer/pile_openwebtext2"].commits[OLD]["test.json"]
     world.tiny.commits[OLD] = {"config.json": b"{}", "pytorch_model.bin": b"?"}
-    code, _, err = world("llama-2-7b", "pg19")
+    code, _, err = world("llama-2-7b", "pg19", "openwebtext2", "qmsum")
     assert code == 1 and "no such repository" in err and "has no .safetensors files" in err
+    assert "a file that the table names is not there" in err
+    assert world.states()["qmsum"] == "here"
+
+
+def test_a_folder_that_cannot_be_written_is_said(world: World) -> None:
+    world.data.write_text("a file", encoding="utf-8")
+    code, _, err = world("qmsum")
+    assert code == 1 and "cannot be stored" in err and str(world.data) in err
 
 
 # --- the command
@@ -609,6 +618,17 @@ def test_a_whole_run_through_the_environments_own_variables_and_a_model_loaded_f
     assert len(models.model_identity(loaded, "org/tiny")[1]) == 64
 
 
+def test_the_profile_says_which_tasks_lack_their_data(world: World) -> None:
+    given = [{"tasks": ["trec", "lcc", "zeroscrolls/qmsum", "madlibs1", "niah_single"]}]
+    (problem,) = [p for p in checks.profile_problems("paper", given) if "task" in p]
+    assert problem.startswith("data of the tasks lcc, madlibs1, trec, zeroscrolls/qmsum: ")
+    assert not [p for p in checks.profile_problems("gpu", given) if "task" in p]
+    world("longbench", "synthwiki", "qmsum")
+    assert not [p for p in checks.profile_problems("paper", given) if "task" in p]
+    with pytest.raises(BookError, match="kvrepro fetch papers"):
+        checks.check_profile_runs("paper", [{"text": "books"}])
+
+
 # --- the table
 
 
@@ -650,10 +670,10 @@ def test_the_table_and_the_paper_profile_name_the_same_models_and_texts() -> Non
     }
     for notebook in Project(ROOT).notebooks():
         given = notebook.parameters("paper")
-        names = _named([given], ("text", "texts", "data", "data_text", "long_text", "tasks"))
+        names = checks._named([given], ("text", "texts", "data", "data_text", "long_text", "tasks"))
         for name in names - set(texts.EMBEDDED) - set(tasks.ruler.NAMES):
             read["longbench" if name in longbench.NAMES else by_reader[name]].add(notebook.name)
-        for repo in _named([given], ("model", "models")):
+        for repo in checks._named([given], ("model", "models")):
             read[by_model[repo].name].add(notebook.name)
             sizes = [given.get(key, 0) for key in ("length", "lengths", "window", "context", "max_length")]
             longest = max(max(size) if isinstance(size, list) else size for size in sizes)

@@ -16,7 +16,7 @@ from kvrepro.book.progress import duration
 from kvrepro.book.project import PROFILES, Notebook, Project
 from kvrepro.book.stamps import Stamp
 from kvrepro.ledger import current, published
-from kvrepro.papers.table import Dataset, Model, entries
+from kvrepro.papers.table import Dataset, Model, entries, size
 from kvrepro.records import Record, read_records
 from kvrepro.rules import RULES, Missing
 
@@ -114,8 +114,8 @@ def papers_tables() -> str:
         [
             code(m.name),
             _place(m),
-            _gigabytes(m.download),
-            f"{_gigabytes(m.memory)} at {m.context:,} tokens",
+            size(m.download),
+            f"{size(m.memory)} at {m.context:,} tokens",
             f"[yes]({m.page})" if m.gated else "no",
             m.licence,
             _used(m),
@@ -127,7 +127,7 @@ def papers_tables() -> str:
             code(d.name),
             f"{d.title}. {d.note}".strip(),
             _place(d),
-            _gigabytes(d.download),
+            size(d.download, d.exact),
             d.read_as,
             d.licence,
             _used(d),
@@ -150,10 +150,6 @@ def _place(entry: Model | Dataset) -> str:
         hub = f"[{entry.repo}](https://huggingface.co/{kind}{entry.repo}/tree/{entry.revision}), "
         links.insert(0, f"{hub}{code(entry.revision[:7])}" + (f": {names}" if names else ""))
     return "; ".join(links) + ("" if entry.checked else " (not checked)")
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _used(entry: Model | Dataset) -> str:

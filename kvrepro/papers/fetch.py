@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from kvrepro.assets import cache_folder, file_sha256
 from kvrepro.papers import hub
 from kvrepro.papers.convert import CONVERTERS
 from kvrepro.papers.hub import PapersError, Repository, Stopped, explained
-from kvrepro.papers.table import MODEL_FILES, MODEL_SECOND_COPIES, Dataset, File, Model
+from kvrepro.papers.table import MODEL_FILES, MODEL_SECOND_COPIES, Dataset, File, Model, entries
 from kvrepro.tasks.base import MANIFEST
 from kvrepro.texts import DATA_VARIABLE
 
@@ -98,8 +98,10 @@ class Folder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """One process at a time fills the folder; leftovers of one that was killed go."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".papers.lock").open("ab") as file:
+        with explained(str(self.path)):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".papers.lock").open("ab")
+        with file:
             hub.held(file.fileno(), str(self.path))
             for leftover in self.path.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -252,7 +254,9 @@ def fetch(folder: Folder, states: Sequence[State], *, update: bool = False, say:
             f"files that this command did not write would be mixed with {'; '.join(foreign)}. Move them away, or give "
             "another folder with --to"
         )
-    away = [state for state in states if update or state.state != "here"]
+    away = [state for state in states if state.state != "here"]
+    if update:
+        away = [replace(state, state="outdated", missing=state.entry.download) for state in states]
     check_space(space(folder, away))
     problems: list[str] = []
     with folder.held():
@@ -366,8 +370,6 @@ def _source(file: File, repository: Repository, downloads: Path, pinned: bool) -
 
 def _write_manifest(folder: Folder) -> None:
     """The part of the folder's manifest that is ours; what stands before and behind it stays."""
-    from kvrepro.papers.table import entries
-
     path = folder.path / MANIFEST
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     others = re.sub(f"{re.escape(_BEGIN)}.*{re.escape(_END)}", "", text, flags=re.DOTALL).rstrip("\n")
@@ -378,7 +380,7 @@ def _write_manifest(folder: Folder) -> None:
 
 def _manifest_part(dataset: Dataset, folder: Folder) -> str:
     locked = folder.locked.get(dataset.name)
-    if not locked:
+    if not locked or not locked["files"]:
         return ""
     source = f"{dataset.repo}@{locked['commit']}" if dataset.repo else ", ".join(file.url for file in dataset.files)
     rows = "".join(f"| {name} | {f['bytes']} | {f['sha256']} |\n" for name, f in sorted(locked["files"].items()))

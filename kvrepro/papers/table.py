@@ -62,6 +62,7 @@ class Model(Entry):
     context: int
 
     kind = "model"
+    exact = False
 
     @property
     def page(self) -> str:
@@ -136,6 +137,17 @@ class Dataset(Entry):
     def download(self) -> int:
         """Bytes to download."""
         return sum(file.bytes for file in self.files)
+
+    @property
+    def exact(self) -> bool:
+        """Whether that number is known exactly."""
+        return all(file.exact for file in self.files)
+
+
+def size(count: int, exact: bool = True) -> str:
+    """A number of bytes for people."""
+    about = "" if exact else "about "
+    return f"{about}{count / 1e9:.1f} GB" if count >= 1e9 else f"{about}{count / 1e6:.1f} MB"
 
 
 @functools.cache
