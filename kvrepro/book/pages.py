@@ -111,51 +111,48 @@ def papers_tables() -> str:
     models = [entry for entry in entries() if isinstance(entry, Model)]
     datasets = [entry for entry in entries() if isinstance(entry, Dataset)]
     model_rows = [
-        [
-            code(m.name),
-            _place(m),
-            size(m.download),
-            f"{size(m.memory)} at {m.context:,} tokens",
-            f"[yes]({m.page})" if m.gated else "no",
-            m.licence,
-            _used(m),
-        ]
+        [code(m.name), _place(m), size(m.download), _memory(m), _gate(m), ", ".join(m.papers), _notebooks(m)]
         for m in models
     ]
     data_rows = [
-        [
-            code(d.name),
-            f"{d.title}. {d.note}".strip(),
-            _place(d),
-            size(d.download, d.exact),
-            d.read_as,
-            d.licence,
-            _used(d),
-        ]
+        [code(d.name), _place(d), size(d.download, d.exact), d.read_as, ", ".join(d.papers), _notebooks(d)]
         for d in datasets
     ]
-    last = ["Licence", "Used by"]
-    model_header = ["Model", "From, at commit", "Download", "GPU memory", "Gated", *last]
-    data_header = ["Data", "What it is", "From, at commit", "Download", "Read as", *last]
-    return f"{wide(markdown_table(model_header, model_rows))}\n{wide(markdown_table(data_header, data_rows))}"
+    last = ["Papers", "Notebooks"]
+    model_table = markdown_table(
+        ["Model", "From, at commit", "Download", "GPU memory", "Gated, licence", *last], model_rows
+    )
+    data_table = markdown_table(["Data", "From, at commit", "Download", "Read as", *last], data_rows)
+    notes = [f"- {code(m.name)}: {m.note}\n" for m in models if m.note]
+    for d in datasets:
+        parts = [f"{d.title}.", f"Files: {_files(d)}.", d.note, f"Licence: {d.licence}."]
+        notes.append(f"- {code(d.name)}: {' '.join(filter(None, parts))}\n")
+    return f"{wide(model_table)}\n{wide(data_table)}\n{''.join(notes)}"
 
 
 def _place(entry: Model | Dataset) -> str:
-    """Where an entry comes from, with links."""
-    files = entry.files if isinstance(entry, Dataset) else ()
-    links = [f"[{file.name}]({file.url})" for file in files if file.url]
-    if entry.repo:
-        kind = "datasets/" if isinstance(entry, Dataset) else ""
-        names = ", ".join(code(file.path) for file in files if file.path)
-        hub = f"[{entry.repo}](https://huggingface.co/{kind}{entry.repo}/tree/{entry.revision}), "
-        links.insert(0, f"{hub}{code(entry.revision[:7])}" + (f": {names}" if names else ""))
-    return "; ".join(links) + ("" if entry.checked else " (not checked)")
+    """Repository and commit, with a link."""
+    kind = "datasets/" if isinstance(entry, Dataset) else ""
+    where = (
+        f"[{entry.repo}](https://huggingface.co/{kind}{entry.repo}/tree/{entry.revision})" if entry.repo else "GitHub"
+    )
+    return f"{where} {code(entry.revision[:7])}{'' if entry.checked else ', not checked'}"
 
 
-def _used(entry: Model | Dataset) -> str:
-    """Papers that used it and notebooks that do."""
-    papers = ", ".join(entry.papers) or "none of the three"
-    return f"{papers}; {', '.join(map(code, entry.used_by)) or 'nothing here yet'}"
+def _files(dataset: Dataset) -> str:
+    return ", ".join(f"[{file.name}]({file.url})" if file.url else code(file.path) for file in dataset.files)
+
+
+def _memory(model: Model) -> str:
+    return f"{size(model.memory)} at {model.context:,} tokens"
+
+
+def _gate(model: Model) -> str:
+    return f"{f'[ask here]({model.page})' if model.gated else 'no'}; {model.licence}"
+
+
+def _notebooks(entry: Model | Dataset) -> str:
+    return str(len(entry.used_by)) if entry.used_by else "none yet"
 
 
 def write_generated(project: Project, notebooks: Sequence[Notebook]) -> None:

@@ -146,8 +146,9 @@ class Dataset(Entry):
 
 def size(count: int, exact: bool = True) -> str:
     """A number of bytes for people."""
-    about = "" if exact else "about "
-    return f"{about}{count / 1e9:.1f} GB" if count >= 1e9 else f"{about}{count / 1e6:.1f} MB"
+    if count >= 1e9:
+        return f"{'' if exact else 'about '}{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.1f} MB" if exact else f"about {count / 1e6:.0f} MB"
 
 
 @functools.cache
