@@ -21,6 +21,7 @@ from kvrepro.book.project import PROFILES, BookError, Project
 from kvrepro.papers.fetch import Folder, data_folder, look
 from kvrepro.papers.hub import PapersError
 from kvrepro.papers.table import select
+from kvrepro.texts import DATA_VARIABLE
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _TOOLS = {"papermill": "papermill", "jupyter_book": "jupyter-book", "ipykernel": "ipykernel", "seaborn": "seaborn"}
@@ -147,7 +148,9 @@ def _papers() -> Finding:
         return Finding("profile paper", "warning", str(error))
     away = [state for state in states if state.state != "here"]
     if not away:
-        return Finding("profile paper", "ok", f"all {len(states)} models and datasets are here, data in {folder.path}")
+        fix = "" if os.environ.get(DATA_VARIABLE) else f"export {DATA_VARIABLE}={folder.path}"
+        detail = f"all {len(states)} models and datasets are here, data in {folder.path}"
+        return Finding("profile paper", "ok", detail, fix)
     there = f"{len(states) - len(away)} of {len(states)} models and datasets are here"
     size = sum(state.missing for state in away) / 1e9
     return Finding("profile paper", "ok", f"{there}; {size:.1f} GB to fetch; --online asks the hub for access", _FETCH)

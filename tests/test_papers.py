@@ -544,6 +544,26 @@ def test_two_at_once_in_one_folder_are_refused(world: World) -> None:
     assert code == 1 and "another process" in err
 
 
+def test_a_run_killed_while_files_are_put_in_place_is_mended(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world("longbench")
+    (world.data / "longbench/lcc.jsonl").write_text("{}", encoding="utf-8")  # so that it is made again
+    real, moves = Path.replace, []
+
+    def once(path: Path, target: Path) -> Path:
+        if "content" in path.parts:
+            moves.append(target)
+            if len(moves) == 3:
+                raise KeyboardInterrupt
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", once)
+    assert world("longbench")[0] == 130
+    assert world("longbench")[0] == 0
+    assert [longbench.load(name).samples[0].prompt for name in longbench.NAMES] == [
+        f"about {name} q" for name in longbench.NAMES
+    ]
+
+
 def test_leftovers_of_a_killed_run_go(world: World) -> None:
     (world.data / ".papers-left").mkdir(parents=True)
     world("qmsum")
@@ -570,12 +590,15 @@ def test_fetch_alone_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not caught.value.code and called == [1]
 
 
-def test_doctor_names_the_command(world: World) -> None:
+def test_doctor_names_the_command(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world("qmsum")
     found = next(finding for finding in examine() if finding.name == "profile paper")
     assert "1 of 8 models and datasets" in found.detail and "kvrepro fetch papers" in found.fix
     assert world()[0] == 0
     assert "all 8 models and datasets" in doctor._papers().detail and not doctor._papers().fix
+    monkeypatch.delenv("KVREPRO_DATA_DIR")
+    monkeypatch.setattr(doctor, "data_folder", lambda: world.data)
+    assert doctor._papers().fix == f"export KVREPRO_DATA_DIR={world.data}"
     (world.data / fetch.LOCK).write_text("{", encoding="utf-8")
     assert fetch.LOCK in doctor._papers().detail
 

@@ -23,7 +23,7 @@ from kvrepro.assets import cache_folder, file_sha256
 from kvrepro.papers import hub
 from kvrepro.papers.convert import CONVERTERS
 from kvrepro.papers.hub import PapersError, Repository, Stopped, explained
-from kvrepro.papers.table import MODEL_FILES, MODEL_SECOND_COPIES, Dataset, File, Model, entries
+from kvrepro.papers.table import MODEL_FILES, MODEL_SECOND_COPIES, Dataset, File, Model, entries, size
 from kvrepro.tasks.base import MANIFEST
 from kvrepro.texts import DATA_VARIABLE
 
@@ -82,9 +82,10 @@ class Folder:
             ) from error
 
     def lock(self, entry: Model | Dataset, commit: str, files: Mapping[str, Any]) -> None:
-        """Write down what an entry is made of; see `recipe` for what makes it another one."""
+        """Write down what an entry is made of, in the lock file and in the manifest that the tasks check against."""
         self.locked[entry.name] = {**recipe(entry), "commit": commit, "files": dict(files)}
         _write_whole(self.path / LOCK, json.dumps({"entries": dict(sorted(self.locked.items()))}, indent=1) + "\n")
+        _write_manifest(self)
 
     def commit(self, entry: Model | Dataset) -> str:
         """The commit to take: the one fetched before, as long as the table still asks for the same revision."""
@@ -143,11 +144,11 @@ def _look_model(folder: Folder, model: Model, full: bool) -> State:
     return State(model, state, ", ".join(faults), model.download - arrived)
 
 
-def _sound(path: Path, size: int, full: bool) -> bool:
+def _sound(path: Path, expected: int, full: bool) -> bool:
     """Whether a file of the hub's cache is whole; large ones are named after their sha256."""
     blob = path.resolve()
     named = re.fullmatch(r"[0-9a-f]{64}", blob.name)
-    return path.stat().st_size == size and (not full or not named or file_sha256(blob) == blob.name)
+    return path.stat().st_size == expected and (not full or not named or file_sha256(blob) == blob.name)
 
 
 def _look_dataset(folder: Folder, dataset: Dataset) -> State:
@@ -261,7 +262,7 @@ def fetch(folder: Folder, states: Sequence[State], *, update: bool = False, say:
     problems: list[str] = []
     with folder.held():
         for state in _accessible(folder, away, problems):
-            say(f"{state.entry.name}: fetching from {state.entry.repo or 'GitHub'}")
+            say(f"{state.entry.name}: {size(state.missing, exact=False)} from {state.entry.repo or 'GitHub'}")
             try:
                 _fetch(folder, state, update, say)
             except Stopped:
@@ -307,9 +308,9 @@ def _fetch_model(folder: Folder, model: Model, repository: Repository, say: Call
         raise PapersError(
             f"{model.repo} has no {_WEIGHTS} files at {repository.commit[:7]}, which are what is read here"
         )
-    for name, size in sorted(files.items(), key=lambda item: item[1]):
+    for name in sorted(files, key=files.__getitem__):
         cached = repository.cached(name)
-        if cached and not _sound(cached, size, full=True):
+        if cached and not _sound(cached, files[name], full=True):
             hub.forget(cached)
         hub.download(repository, name)
     folder.lock(model, repository.commit, files)
@@ -346,7 +347,6 @@ def _fetch_dataset(folder: Folder, dataset: Dataset, repository: Repository) -> 
     for name in set(before) - set(files):
         (folder.path / name).unlink(missing_ok=True)
     folder.lock(dataset, repository.commit, files)
-    _write_manifest(folder)
 
 
 def _source(file: File, repository: Repository, downloads: Path, pinned: bool) -> Path:
@@ -373,9 +373,10 @@ def _write_manifest(folder: Folder) -> None:
     path = folder.path / MANIFEST
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     others = re.sub(f"{re.escape(_BEGIN)}.*{re.escape(_END)}", "", text, flags=re.DOTALL).rstrip("\n")
-    parts = [_manifest_part(entry, folder) for entry in entries() if isinstance(entry, Dataset)]
-    whole = "\n\n".join(part for part in (others, _BEGIN + "\n".join(filter(None, parts)) + _END) if part)
-    _write_whole(path, whole)
+    parts = [part for entry in entries() if isinstance(entry, Dataset) and (part := _manifest_part(entry, folder))]
+    if parts:
+        own = _BEGIN + "\n".join(parts) + _END
+        _write_whole(path, f"{others}\n\n{own}" if others else own)
 
 
 def _manifest_part(dataset: Dataset, folder: Folder) -> str:
