@@ -6,6 +6,7 @@ from kvrepro.cache import CompressedCache, make_cache
 from kvrepro.decode import Decoder, generate
 from kvrepro.evaluate import fidelity, perplexity, prefill
 from kvrepro.models import load_model
+from kvrepro.quantised import quantise
 
 __version__ = "0.1.0"
 
@@ -21,4 +22,5 @@ __all__ = [
     "perplexity",
     "prefill",
     "prepare",
+    "quantise",
 ]

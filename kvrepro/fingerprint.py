@@ -74,7 +74,8 @@ def _docstring_lines(tree: ast.Module, lines: list[str]) -> Iterator[tuple[int, 
 def imported_modules(tree: ast.Module, module: str, is_package: bool) -> set[str]:
     """Absolute dotted names a module imports, functions' inner imports included.
 
-    ``from a import b`` gives ``a.b``, which may be a module or a name in ``a``.
+    ``from a import b`` gives ``a.b``, which may be a module or a name in ``a``; so does ``import a`` where ``a`` is
+    used as ``a.b`` alone.
 
     Args:
         tree: the parsed source.
@@ -84,11 +85,25 @@ def imported_modules(tree: ast.Module, module: str, is_package: bool) -> set[str
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            found.update(name for alias in node.names for name in _used_of(tree, alias))
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(node, module, is_package)
             found.update(f"{base}.{alias.name}" for alias in node.names)
     return found
+
+
+def _used_of(tree: ast.Module, alias: ast.alias) -> set[str]:
+    """What a module uses of one that it imports: ``{a.b, …}``, or ``{a}`` where not every use is of this form."""
+    if alias.asname is None and "." in alias.name:
+        return {alias.name}
+    bound = alias.asname or alias.name
+    uses = sum(isinstance(node, ast.Name) and node.id == bound for node in ast.walk(tree))
+    names = [
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == bound
+    ]
+    return {f"{alias.name}.{name}" for name in names} if names and len(names) == uses else {alias.name}
 
 
 def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
@@ -140,15 +155,29 @@ class CodeIndex:
         return hashlib.sha256(normalise(source).encode()).hexdigest(), {self._resolve(name) for name in imports}
 
     def _resolve(self, name: str) -> str:
-        """The module that an imported name is, or is defined in."""
-        parent = name.rpartition(".")[0]
-        return parent if self.path(name) is None and self.path(parent) is not None else name
+        """The module that an imported name is, or is defined in; for one of the package's public names, its origin."""
+        parent, _, own = name.rpartition(".")
+        if self.path(name) is not None or self.path(parent) is None:
+            return name
+        return self._public.get(own, parent) if parent == self.package else parent
+
+    @functools.cached_property
+    def _public(self) -> dict[str, str]:
+        """The module of each name that the package's own ``__init__`` takes from one: ``{name: module}``."""
+        path = self.path(self.package)
+        tree = ast.parse("" if path is None else path.read_text(encoding="utf-8"))
+        return {
+            alias.asname or alias.name: _absolute(node, self.package, is_package=True)
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
 
     def closure(self, modules: Iterable[str]) -> dict[str, str]:
         """Sources reached from some modules by imports: ``{module: sha256}``.
 
         The registry ``<package>.methods`` is neither hashed nor followed, the package's own ``__init__`` is followed
-        but not hashed (it only re-exports), and the harness is left out.
+        for the names that are used of it but not hashed (it only re-exports), and the harness is left out.
 
         Args:
             modules: dotted names to start from; names outside the package are ignored.

@@ -505,6 +505,26 @@ def test_a_fingerprint_sees_what_a_value_depends_on_and_nothing_else(tmp_path: P
     assert (demo_fingerprint(folder) != before) == (changed in DEPENDS)
 
 
+@pytest.mark.parametrize(
+    ("uses", "seen"),
+    [
+        ("import demo\ndemo.Cache", {"cache"}),
+        ("import demo as d\nd.Cache, d.late", {"cache", "late"}),
+        ("from demo import Cache", {"cache"}),
+        ("import demo\nprint(demo)\ndemo.Cache", {"cache", "unrelated", "late"}),
+        ("import demo\ndemo.__version__", {"cache", "unrelated", "late"}),
+    ],
+)
+def test_of_the_public_names_those_count_that_are_used(tmp_path: Path, uses: str, seen: set[str]) -> None:
+    folder = write_package(tmp_path)
+    (folder / "__init__.py").write_text(
+        PACKAGE["__init__.py"] + "from demo.unrelated import x\nfrom .late import late\n"
+    )
+    (folder / "experiments/two.py").write_text(uses + "\n")
+    closure = code.CodeIndex(folder, "demo", core=(), harness=frozenset()).closure(["demo.experiments.two"])
+    assert {name.removeprefix("demo.") for name in closure} & {"cache", "unrelated", "late"} == seen
+
+
 @pytest.mark.parametrize("changed", ["methods/cam.py", "methods/h2o.py", "methods/common.py"])
 def test_a_method_depends_on_the_methods_it_builds_on(tmp_path: Path, changed: str) -> None:
     folder = write_package(tmp_path)

@@ -41,6 +41,8 @@ def test_the_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
         exec(block, namespace)  # the page is part of this repository
     out = capsys.readouterr().out
     assert "tokens seen, 96 slots held" in out
+    held = namespace["held"]
+    assert held[4] < held[8] < held[None] / 3
     assert 0 <= namespace["found"]["results"]["capitals"]["acc,none"] <= 1
 
 
