@@ -6,12 +6,14 @@ from kvrepro.cache import CompressedCache, make_cache
 from kvrepro.decode import Decoder, generate
 from kvrepro.evaluate import fidelity, perplexity, prefill
 from kvrepro.models import load_model
+from kvrepro.recommend import Recommendation, recommend
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CompressedCache",
     "Decoder",
+    "Recommendation",
     "__version__",
     "fidelity",
     "generate",
@@ -21,4 +23,5 @@ __all__ = [
     "perplexity",
     "prefill",
     "prepare",
+    "recommend",
 ]
