@@ -81,11 +81,11 @@ class Setting:
     """
 
     context: int = 512
-    continuation: int = 128
+    continuation: int = 64
     passages: int = 8
     needles: int = 8
     answer: int = 128
-    steps: int = 16
+    steps: int = 8
     repeats: int = 2
     tolerance: float = TOLERANCE
     seed: int = 0
@@ -293,12 +293,13 @@ def _reasons(
 ) -> Iterator[str]:
     """The verdict in sentences."""
     tolerance = f"the tolerance of {setting.tolerance:g} nats/token"
+    among = "" if all(c.retrieves for c in candidates) else " of those that retrieve"
     if use is None:
-        yield f"Keep the full cache: no method helps. The best, {best.label}, diverges by {_said(best.kl)} nats/token,"
-        yield f"above {tolerance}."
+        yield f"Keep the full cache: no method helps. The best{among}, {best.label}, diverges by {_said(best.kl)}"
+        yield f"nats/token, above {tolerance}."
     elif use is best:
-        yield f"Use {use.label}: its divergence, {_said(use.kl)} nats/token, is the lowest, and none that is level with"
-        yield "it costs less."
+        yield f"Use {use.label}: its divergence, {_said(use.kl)} nats/token, is the lowest{among}, and none that is"
+        yield "level with it costs less."
     else:
         yield f"Use {use.label}: its divergence, {_said(use.kl)} nats/token, is level with the best's ({best.label},"
         yield f"{_said(best.kl)}; difference {_said(use.behind)}), and it costs less: {use.cost:.3g} s against"
@@ -322,7 +323,8 @@ def _retrieval(
         return
     out = [c.label for c in candidates if not c.retrieves]
     if out:
-        yield f"Out, because they retrieve worse than the best: {', '.join(out)}."
+        yield f"Out, because they retrieve worse than the best: {', '.join(out)} (without needles the divergence"
+        yield "decides alone)."
     if not any(full.found):
         yield "The model finds no needle with the full cache either, so retrieval says little here."
         return
