@@ -36,7 +36,7 @@ class Purpose:
     """What a cache may have to be good at, and the records that measure it.
 
     Attributes:
-        name: for readers; reads on from "for".
+        name: for readers; reads on from "if it is about".
         page: the notebook that measures it.
         where: fields and parameters of its cells, see :func:`kvrepro.ledger.select`.
         samples: extra results that hold one number a sample.
@@ -68,12 +68,12 @@ def _slots(record: Record) -> tuple[float, str]:
 
 def _chunked(record: Record) -> tuple[float, str]:
     slots, most = int(record.cell.budget or 0), int(record.cell.params["max_length"])
-    return slots / most, f"{slots:,} slots, prompts of at most {most:,}"
+    return slots / most, f"{slots:,} of {most:,} slots"
 
 
 def _window(record: Record) -> tuple[float, str]:
     slots, window = int(record.cell.budget or 0), int(record.cell.params["window"])
-    return slots / window, f"{slots:,} slots, windows of {window:,}"
+    return slots / window, f"{slots:,} of {window:,} slots"
 
 
 def _retrieval(name: str, experiment: str, task: str) -> Purpose:
@@ -87,7 +87,7 @@ def _longbench(name: str, chunk: int | None, budget: Callable[[Record], tuple[fl
 
 
 FIDELITY = Purpose(
-    "staying near the full cache's predictions",
+    "fidelity to the full cache",
     "across/same_bytes",
     {"paper": "across", "experiment": "same_bytes", "seed": 0},
     "kl",
@@ -95,19 +95,19 @@ FIDELITY = Purpose(
     "data",
     _bytes,
 )
-ONE_NEEDLE = _retrieval("finding one needle", "ruler", "niah_single")
+ONE_NEEDLE = _retrieval("one needle", "ruler", "niah_single")
 RETRIEVAL = (
     ONE_NEEDLE,
-    _retrieval("finding one needle of several", "ruler", "niah_multikey"),
-    _retrieval("finding a fact among biographies", "synthwiki", "madlibs1"),
+    _retrieval("one needle of several", "ruler", "niah_multikey"),
+    _retrieval("a fact among biographies", "synthwiki", "madlibs1"),
 )
 PURPOSES = (
     FIDELITY,
-    _longbench("LongBench's answers, prompts read at once", None, _slots),
-    _longbench("LongBench's answers, prompts read in chunks", 512, _chunked),
+    _longbench("LongBench, prompts read at once", None, _slots),
+    _longbench("LongBench, prompts read in chunks", 512, _chunked),
     *RETRIEVAL,
     Purpose(
-        "perplexity while text streams by",
+        "perplexity of a stream",
         "weightedkv/perplexity",
         {"paper": "weightedkv", "experiment": "perplexity"},
         "nll",
@@ -504,9 +504,13 @@ def percent(share: float) -> str:
 
 
 def _named(labels: Iterable[str]) -> str:
-    """Titles of methods in a sentence."""
-    titles = [plots.style(name).title for name in labels]
-    return titles[0] if len(titles) == 1 else f"{', '.join(titles[:-1])} or {titles[-1]}"
+    """Titles of methods, any of which will do."""
+    return _and([plots.style(name).title for name in labels], "or")
+
+
+def _and(words: Sequence[str], last: str = "and") -> str:
+    """Words in a sentence."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def _span(own: Sequence[Row]) -> str:
@@ -543,7 +547,7 @@ def _facts(own: Sequence[Row]) -> Iterator[str]:
         there = row.of(closest.best.label)
         if there is not None and not there.level and there.found is not None and row.best.found is not None:
             lost.append(
-                f"{row.purpose.name} at {row.budget}, {there.title} succeeds in {percent(there.found)} of the prompts, "
+                f"{row.purpose.name}, {row.budget}: {there.title} succeeds in {percent(there.found)} of the prompts, "
                 f"{row.best.title} in {percent(row.best.found)}"
             )
     if lost:
@@ -619,12 +623,14 @@ def _speed(spent: Costs) -> Iterator[str]:
         )
     after = {c.label: n for c in spent.methods if (n := spent.saved_after(c)) is not None}
     if after:
-        last = max(after, key=lambda name: after[name])
-        each = [f"{plots.style(name).title} {f'{n:,.0f}' if n else 'none'}" for name, n in after.items()]
+        at_once = [plots.style(name).title for name, n in after.items() if not n]
+        later = [f"{plots.style(name).title} {n:,.0f}" for name, n in sorted(after.items(), key=lambda x: x[1]) if n]
         yield (
-            f"**If you write more than about {after[last]:,.0f} tokens after {where}, a cache of "
-            f"{percent(spent.share)} of the slots saves time as well as memory** with {len(after)} of "
-            f"{len(spent.methods)} methods; tokens to write until then: {', '.join(each)}."
+            f"**If you write after reading, a smaller cache saves time as well as memory**: after {where}, "
+            f"{percent(spent.share)} of the slots have saved time with {len(after)} of {len(spent.methods)} methods"
+            + (f", from the first token on with {_and(at_once)}" if at_once else "")
+            + (f"; tokens to write until then: {', '.join(later)}" if later else "")
+            + "."
         )
 
 

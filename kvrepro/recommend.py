@@ -116,7 +116,7 @@ class Measured:
         nbytes: bytes held after a passage.
         kl: KL(full || compressed) of each passage, mean over its tokens, nats per token, `[passages]`.
         loglik: log-likelihood of each needle's answer, nats per token, `[needles]`.
-        found: whether greedy decoding would begin with it, `[needles]`.
+        exact: whether greedy decoding would begin with it, `[needles]`.
         read: seconds to read a passage's context and compress it.
         token: seconds for a token written after it, the cache held to its budget.
     """
@@ -126,7 +126,7 @@ class Measured:
     nbytes: int
     kl: Sequence[float]
     loglik: Sequence[float] = ()
-    found: Sequence[bool] = ()
+    exact: Sequence[bool] = ()
     read: float = math.nan
     token: float = math.nan
 
@@ -325,7 +325,7 @@ def _retrieval(
     if out:
         yield f"Out, because they retrieve worse than the best: {', '.join(out)} (without needles the divergence"
         yield "decides alone)."
-    if not any(full.found):
+    if not any(full.exact):
         yield "The model finds no needle with the full cache either, so retrieval says little here."
         return
     if use is None:
@@ -333,7 +333,7 @@ def _retrieval(
     change = _paired(full.loglik, use.measured.loglik, setting.seed)
     if not _retrieves(change):
         yield f"It retrieves worse than the full cache: log-likelihood of the answers {_said(change)} nats/token,"
-        yield f"{sum(use.measured.found)} of {len(full.found)} found against {sum(full.found)}."
+        yield f"{sum(use.measured.exact)} of {len(full.exact)} found against {sum(full.exact)}."
 
 
 def _gain(full: Measured, use: Candidate, setting: Setting) -> Iterator[str]:
@@ -371,7 +371,7 @@ def _row(m: Measured, needles: int, c: Candidate | None = None) -> list[str]:
     row = [m.label, "all" if m.slots is None else str(m.slots), f"{m.nbytes / 1e6:.3g}"]
     row += [_said(c.kl), _said(c.behind)] if c else ["0", ""]
     if needles:
-        row += [f"{sum(m.found)}/{len(m.found)}", _said(c.retrieval) if c and c.retrieval else ""]
+        row += [f"{sum(m.exact)}/{len(m.exact)}", _said(c.retrieval) if c and c.retrieval else ""]
     return [*row, f"{m.read:.3g}", f"{1000 * m.token:.3g}"]
 
 

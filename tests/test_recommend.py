@@ -25,7 +25,7 @@ FULL = Measured("full", None, 1000, [0.0] * 8, [-0.1] * 8, [True] * 8, read=1.0,
 def measured(label: str, more: float = 0.0, lost: float = 0.0, read: float = 1.0, **fields: Any) -> Measured:
     """A method that diverges by so much more, loses so much log-likelihood, and takes so long to read."""
     loglik = [-0.1 - lost - 0.01 * (i % 2) for i in range(8)]
-    given = {"nbytes": 250, "loglik": loglik, "found": [lost < 1] * 8, "token": 0.01, **fields}
+    given = {"nbytes": 250, "loglik": loglik, "exact": [lost < 1] * 8, "token": 0.01, **fields}
     return Measured(label, 64, kl=[x + more for x in KL], read=read, **given)
 
 
