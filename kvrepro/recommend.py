@@ -72,7 +72,7 @@ class Setting:
         context: tokens that are compressed.
         continuation: tokens predicted after them, over which the divergence is a mean.
         passages: passages of the text.
-        needles: prompts with a needle, as long as a passage; 0 leaves retrieval out.
+        needles: prompts with a needle, about as long as the context; 0 leaves retrieval out.
         answer: tokens written after a prompt, for the cost.
         steps: tokens that are timed, after some that are not.
         repeats: times that reading and writing are timed, in turns; the fastest counts.
@@ -299,7 +299,7 @@ def _reasons(
         yield f"nats/token, above {tolerance}."
     elif use is best:
         yield f"Use {use.label}: its divergence, {_said(use.kl)} nats/token, is the lowest{among}, and none that is"
-        yield "level with it costs less."
+        yield f"level with it costs less by more than {100 * SLACK:g} %."
     else:
         yield f"Use {use.label}: its divergence, {_said(use.kl)} nats/token, is level with the best's ({best.label},"
         yield f"{_said(best.kl)}; difference {_said(use.behind)}), and it costs less: {use.cost:.3g} s against"
@@ -601,6 +601,7 @@ class _Work:
                         **sizes,
                         **self._options(variant),
                     )
+                    _check_bytes(found.nbytes, budget, reference)
                 except (ValueError, Skip) as error:  # the budget leaves this method no room
                     self._leave_out(cell, error)
                     continue
@@ -645,6 +646,16 @@ class _Work:
                 read = seconds_of(partial(evaluate.prefill, self.model, ids, cache), self.model.device)
                 found.setdefault(key, []).append((read, _token_seconds(self.model, cache, self.setting.steps)))
         return {key: (min(read for read, _ in each), min(token for _, token in each)) for key, each in found.items()}
+
+
+def _check_bytes(nbytes: int, budget: int | float, reference: evaluate.Reference) -> None:
+    """Make sure that a method keeps to a share; with sliding-window layers, whose bytes count, too, it is not checked.
+
+    Raises:
+        Skip: it holds more.
+    """
+    if isinstance(budget, float) and reference.replayable and nbytes > budget * _layer_bytes(reference):
+        raise Skip(f"holds {nbytes:,} bytes at least, more than {budget:g} of {_layer_bytes(reference):,}")
 
 
 def _layer_bytes(reference: evaluate.Reference) -> int:

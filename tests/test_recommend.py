@@ -133,6 +133,12 @@ class TestMeasuring:
         with pytest.raises(ValueError, match="no method can be measured at a budget of 4: streaming_llm"):
             kvrepro.recommend(model, None, 4, methods="streaming_llm", **given)
 
+    def test_a_method_that_cannot_keep_to_the_share_is_left_out(self) -> None:
+        model = kvrepro.prepare(tiny_model(dtype=torch.float32))
+        given = {"text": tokens(3, 56), "setting": self.SMALL, "methods": "random"}
+        with pytest.raises(ValueError, match="bytes at least, more than 0.01 of"):
+            kvrepro.recommend(model, None, 0.01, **given)
+
     def test_needles(self) -> None:
         model = kvrepro.prepare(tiny_model(dtype=torch.float32))
         setting = Setting(context=800, continuation=4, passages=2, needles=2, steps=1, repeats=1, tolerance=9.0)

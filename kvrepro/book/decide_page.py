@@ -219,8 +219,8 @@ def _nothing(found: Sequence[Row], spent: Sequence[Costs], records: Sequence[Rec
     for each in spent:
         if not any(c.more.sign() == -1 for c in each.methods):
             paragraphs.append(
-                f"No method reads a prompt of {each.length:,} tokens in less time than the full cache at the shape of "
-                f"{code(each.model)}: compressing comes on top of reading.\n"
+                f"No method is shown to read a prompt of {each.length:,} tokens in less time than the full cache, at "
+                f"the shape of {code(each.model)}: compressing comes on top of reading.\n"
             )
     return "\n".join(paragraphs)
 
@@ -256,7 +256,7 @@ def _cost_table(spent: Costs, with_page: Collection[str]) -> str:
         "Longer than the full cache, s",
         "A token, ms",
         "Held, GiB",
-        "Time saved after",
+        "Saves time after",
     ]
     first, second = spent.methods[:2]
     overlap = second.read.low is None or first.read.high is None or second.read.low <= first.read.high
@@ -279,7 +279,7 @@ def _saved(spent: Costs, cost: Cost) -> str:
     after = spent.saved_after(cost)
     if after is None:
         return "no shorter step shown"
-    return f"about {after:,.0f} tokens" if after else "the first token (no longer reading shown)"
+    return f"{after:,.0f} tokens" if after else "the first token"
 
 
 def _token(time: Comparison | None) -> str:
