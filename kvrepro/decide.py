@@ -250,10 +250,10 @@ def _row(purpose: Purpose, group: Sequence[Record], full: Mapping[str, Record]) 
     for record in group:
         if purpose.sign == 0 or _samples_of(record) in full:
             by_label.setdefault(label(record), {})[_part(purpose, record)] = record
-    parts = max((tuple(sorted(each)) for each in by_label.values()), key=len, default=())
-    whole = {name: each for name, each in by_label.items() if set(each) == set(parts)}
-    if len(whole) < LEAST_METHODS or not _same_samples(list(whole.values()), parts, purpose.samples):
+    whole = _on_the_same_samples(by_label, purpose.samples)
+    if len(whole) < LEAST_METHODS:
         return None
+    parts = sorted(next(iter(whole.values())))
     losses = {name: {part: _losses(purpose, each[part], full) for part in parts} for name, each in whole.items()}
     means = {name: macro(list(each.values()), draws=DRAWS) for name, each in losses.items()}
     order = sorted(means, key=lambda name: means[name].mean)
@@ -282,15 +282,15 @@ def _samples_of(record: Record) -> str:
     return canonical([cell.paper, cell.experiment, cell.metric, cell.model_sha256, cell.data_sha256, params])
 
 
-def _same_samples(methods_found: Sequence[Mapping[str, Record]], parts: Sequence[str], samples: str) -> bool:
-    """Whether all methods were measured on the same samples."""
-    for part in parts:
-        extras = [each[part].value.extra for each in methods_found]
-        if len({(tuple(x.get("ids", ())), len(x[samples])) for x in extras}) > 1:
-            return False
-        if len({each[part].cell.data_sha256 for each in methods_found}) > 1:
-            return False
-    return True
+def _on_the_same_samples(by_label: Mapping[str, dict[str, Record]], samples: str) -> dict[str, dict[str, Record]]:
+    """Those methods that share parts and samples: as many methods as possible, then as many parts."""
+    groups: dict[str, dict[str, dict[str, Record]]] = {}
+    for name, parts in by_label.items():
+        extras = {part: record.value.extra for part, record in parts.items()}
+        ids = {part: [record.cell.data_sha256, *extras[part].get("ids", [])] for part, record in parts.items()}
+        key = canonical([ids, {part: len(extra[samples]) for part, extra in extras.items()}])
+        groups.setdefault(key, {})[name] = parts
+    return max(groups.values(), key=lambda own: (len(own), len(next(iter(own.values())))), default={})
 
 
 def _losses(purpose: Purpose, record: Record, full: Mapping[str, Record]) -> tuple[list[float], list[str]]:
@@ -439,12 +439,13 @@ def costs(records: Iterable[Record]) -> list[Costs]:
 
 
 def _costs(model: str, device: str, length: int, reads: Sequence[Record], steps: Sequence[Record]) -> Costs | None:
-    whole = next((r for r in reads if r.cell.method == "full"), None)
+    whole = max((r for r in reads if r.cell.method == "full"), key=lambda r: r.value.n, default=None)
     shares = {r.cell.budget for r in reads if isinstance(r.cell.budget, float)}
     if whole is None or not shares:
         return None
     share = min(shares)
-    chosen = [r for r in reads if r.cell.budget == share]
+    by_label = {label(r): r for r in sorted(reads, key=lambda r: r.value.n) if r.cell.budget == share}
+    chosen = list(by_label.values())  # the most repeats where one was timed twice
     if len(chosen) < LEAST_METHODS:
         return None
     made = [_cost(r, whole, steps, round(length * share)) for r in chosen]

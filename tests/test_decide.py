@@ -124,6 +124,13 @@ class TestRows:
         assert "tova" in missing(found)[row.purpose.name] and "h2o" not in missing(found)[row.purpose.name]
         assert row.budget == "16 of 64 slots" and row.share == 0.25
 
+    def test_a_method_with_other_samples_is_left_out(self) -> None:
+        kl = {"h2o": 0.2, "snapkv": 0.1, "weightedkv": 0.3}
+        (few,) = divergence({"attention_matching": 0.01})
+        few = replace(few, value=replace(few.value, extra={"kl": [0.01, 0.02]}))
+        (row,) = rows([*divergence(kl), few])
+        assert [s.label for s in row.standings] == ["snapkv", "h2o", "weightedkv"]
+
     def test_models_are_not_mixed(self) -> None:
         kl = {"h2o": 0.2, "snapkv": 0.1, "weightedkv": 0.3}
         two = [*divergence(kl), *divergence({k: 1 - v for k, v in kl.items()}, model="large")]

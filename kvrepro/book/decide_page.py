@@ -301,8 +301,8 @@ def _thresholds() -> str:
     return (
         "All rules and thresholds are this project's own. {bdg-success}`ours`\n\n"
         f"- **A row** holds the methods measured with one model on the same samples at one budget, at least "
-        f"{LEAST_METHODS} of them. Where a purpose has several parts (tasks, texts), every part counts alike, and a "
-        "method that lacks one is left out.\n"
+        f"{LEAST_METHODS} of them. Where a purpose has several parts (tasks, texts), every part counts alike. A "
+        "method that lacks a part, or has other samples than most, is left out.\n"
         f"- **Intervals** are {percent(LEVEL)} bootstrap percentiles over documents, drawn within each part, {DRAWS:,} "
         "draws; differences are paired, sample by sample. Times have two standard errors to each side, more where runs "
         "are few. Nothing is corrected for picking the best of several.\n"
