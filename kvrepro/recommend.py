@@ -80,7 +80,7 @@ class Setting:
         seed: of the prompts, the draws of the methods and the bootstrap.
     """
 
-    context: int = 512
+    context: int = 384
     continuation: int = 64
     passages: int = 8
     needles: int = 8

@@ -166,7 +166,7 @@ class TestMeasuring:
     ("budgets", "methods", "message"),
     [
         ([1.0], "h2o", "saves nothing or keeps nothing"),
-        ([512], "h2o", "saves nothing or keeps nothing"),
+        ([384], "h2o", "saves nothing or keeps nothing"),
         ([0.25, 0.25], "h2o", "given twice"),
         ([], "h2o", "at least one budget"),
         ([0.25], "full", "leave it out"),
