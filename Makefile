@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?=
 NB ?=
+TO ?=
 P ?=
 T ?=
 B ?=
@@ -18,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched
 
 .DEFAULT_GOAL := help
-.PHONY: help env fetch book notebook test bench lint clean distclean
+.PHONY: help env fetch papers book notebook test bench lint clean distclean
 
 help: ## this list
 	@echo "kvrepro: KV-cache merging, reproduced"
@@ -51,6 +52,9 @@ lint: $(INSTALLED) ## ruff, on the package and the notebooks
 env: $(INSTALLED) ## the environment alone
 
 fetch: $(FETCHED) ## the embedded model and texts
+
+papers: $(INSTALLED) ## the papers' own models and data, tens of GB (TO=folder); goes on where it stopped
+	@$(KVREPRO) fetch papers $(if $(TO),--to "$(TO)")
 
 # One pip call for everything that has requirements of its own, so that all of them are resolved together.
 $(INSTALLED): requirements.txt pyproject.toml

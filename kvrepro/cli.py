@@ -19,6 +19,7 @@ import kvrepro
 from kvrepro import assets, methods
 from kvrepro.book.project import PROFILES, BookError, Project
 from kvrepro.cli_eval import completed, evaluate, executor_option
+from kvrepro.cli_papers import papers_command
 from kvrepro.cli_recommend import recommend_command
 from kvrepro.cli_tasks import COMMANDS
 from kvrepro.compare import RTOL, Comparison, compare
@@ -128,10 +129,12 @@ def build_command(profile: str | None, notebooks: tuple[str, ...], force: bool, 
         raise SystemExit(1)
 
 
-@cli.command("fetch")
-def fetch_command() -> None:
+@cli.group("fetch", invoke_without_command=True, epilog=_example("kvrepro fetch", "kvrepro fetch papers --dry-run"))
+@click.pass_context
+def fetch_command(context: click.Context) -> None:
     """Fetch and check the embedded model and texts; after that no network is needed."""
-    assets.fetch()
+    if context.invoked_subcommand is None:
+        assets.fetch()
 
 
 @cli.command("doctor", epilog=_example("kvrepro doctor", "kvrepro doctor --json"))
@@ -266,6 +269,7 @@ for task_command in COMMANDS:
     evaluate.add_command(task_command)
 cli.add_command(evaluate)
 cli.add_command(recommend_command)
+fetch_command.add_command(papers_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,9 +18,14 @@ import torch
 from kvrepro import assets, provenance
 from kvrepro.book.checks import profile_problems
 from kvrepro.book.project import PROFILES, BookError, Project
+from kvrepro.papers.fetch import Folder, data_folder, look
+from kvrepro.papers.hub import PapersError
+from kvrepro.papers.table import select
+from kvrepro.texts import DATA_VARIABLE
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _TOOLS = {"papermill": "papermill", "jupyter_book": "jupyter-book", "ipykernel": "ipykernel", "seaborn": "seaborn"}
+_FETCH = "kvrepro fetch papers (with --dry-run: what, how large, and which models are gated)"
 _DISK_NEEDED = 2e9  # the embedded model, records and pages
 
 
@@ -124,11 +129,28 @@ def _profiles(online: bool) -> Iterator[Finding]:
     known = {notebook.name: defaults(notebook.source) for notebook in notebooks}
     for profile in PROFILES:
         if profile == "paper" and not online:
-            yield Finding("profile paper", "ok", "not looked at: kvrepro doctor --online asks the hub for its models")
+            yield _papers()
             continue
         problems = profile_problems(profile, [{**known[nb.name], **nb.parameters(profile)} for nb in notebooks])
         state: Literal["ok", "warning", "problem"] = "ok"
         if problems:
             state = "problem" if profile in ("smoke", "quick") else "warning"
         detail = f"needs {'; '.join(problems)}" if problems else f"can run: make book PROFILE={profile}"
-        yield Finding(f"profile {profile}", state, detail)
+        yield Finding(f"profile {profile}", state, detail, _FETCH if problems and profile == "paper" else "")
+
+
+def _papers() -> Finding:
+    """What is there of the papers' own models and data; asks no network."""
+    try:
+        folder = Folder(data_folder())
+        states = look(folder, select())
+    except PapersError as error:
+        return Finding("profile paper", "warning", str(error))
+    away = [state for state in states if state.state != "here"]
+    if not away:
+        fix = "" if os.environ.get(DATA_VARIABLE) else f"export {DATA_VARIABLE}={folder.path}"
+        detail = f"all {len(states)} models and datasets are here, data in {folder.path}"
+        return Finding("profile paper", "ok", detail, fix)
+    there = f"{len(states) - len(away)} of {len(states)} models and datasets are here"
+    size = sum(state.missing for state in away) / 1e9
+    return Finding("profile paper", "ok", f"{there}; {size:.1f} GB to fetch; --online asks the hub for access", _FETCH)

@@ -13,10 +13,12 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from kvrepro import assets, models, texts
 from kvrepro.book.project import BookError
+from kvrepro.tasks import longbench, synthwiki, zeroscrolls
 
 _NEEDS_GPU = ("gpu", "paper")
 _MODEL_NAMES = ("model", "models")
 _TEXT_NAMES = ("text", "texts", "data")
+_TASK_NAMES = ("tasks",)
 
 
 def default_profile() -> str:
@@ -37,7 +39,8 @@ def check_profile_runs(profile: str, parameters: Sequence[Mapping[str, Any]]) ->
     """
     if missing := profile_problems(profile, parameters):
         listing = "\n".join(f"  - {problem}" for problem in missing)
-        other = " PROFILE=quick runs on any machine." if profile in _NEEDS_GPU else ""
+        fetch = " `kvrepro fetch papers` gets its models and data." if profile == "paper" else ""
+        other = f"{fetch} PROFILE=quick runs on any machine." if profile in _NEEDS_GPU else ""
         raise BookError(f"the profile {profile} cannot run here yet:\n{listing}\nNothing was run.{other}")
     if any(asset.state != "ready" for asset in assets.status()):
         assets.fetch()
@@ -55,6 +58,8 @@ def profile_problems(profile: str, parameters: Sequence[Mapping[str, Any]]) -> l
         problems.append(f"a GPU: torch {torch.__version__} finds no CUDA here; install a CUDA build of torch on one")
     problems += [problem for name in sorted(_named(parameters, _TEXT_NAMES)) if (problem := _text_problem(name))]
     problems += [problem for name in sorted(_named(parameters, _MODEL_NAMES)) if (problem := _model_problem(name))]
+    if profile == "paper":  # the pages of the other profiles do without tasks whose data are not here
+        problems += _task_problems(sorted(_named(parameters, _TASK_NAMES)))
     return problems
 
 
@@ -73,6 +78,26 @@ def _text_problem(name: str) -> str | None:
         return None
     try:
         texts.load(name)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _task_problems(names: Iterable[str]) -> list[str]:
+    """The tasks whose data are missing, in one line with the first reason."""
+    missing = {name: reason for name in names if (reason := _task_problem(name))}
+    return [f"data of the tasks {', '.join(missing)}: {next(iter(missing.values()))}"] if missing else []
+
+
+def _task_problem(name: str) -> str | None:
+    suite, _, rest = name.rpartition("/")
+    try:
+        if suite == zeroscrolls.SUITE:
+            zeroscrolls.load(rest, 1)
+        elif name in longbench.NAMES:
+            longbench.load(name, 1)
+        elif name in synthwiki.NAMES:
+            texts.load("synthwiki")
     except ValueError as error:
         return str(error)
     return None

@@ -16,6 +16,7 @@ from kvrepro.book.progress import duration
 from kvrepro.book.project import PROFILES, Notebook, Project
 from kvrepro.book.stamps import Stamp
 from kvrepro.ledger import current, published
+from kvrepro.papers.table import Dataset, Model, entries, size
 from kvrepro.records import Record, read_records
 from kvrepro.rules import RULES, Missing
 
@@ -105,6 +106,55 @@ def variants_table(records: Sequence[Record]) -> str:
     return markdown_table(header, rows) if rows else "No published record compares the two.\n"
 
 
+def papers_tables() -> str:
+    """The papers' models and data: what is fetched from where, how large it is, and who reads it."""
+    models = [entry for entry in entries() if isinstance(entry, Model)]
+    datasets = [entry for entry in entries() if isinstance(entry, Dataset)]
+    model_rows = [
+        [code(m.name), _place(m), size(m.download), _memory(m), _gate(m), ", ".join(m.papers), _notebooks(m)]
+        for m in models
+    ]
+    data_rows = [
+        [code(d.name), _place(d), size(d.download, d.exact), d.read_as, ", ".join(d.papers), _notebooks(d)]
+        for d in datasets
+    ]
+    last = ["Papers", "Notebooks"]
+    model_table = markdown_table(
+        ["Model", "From, at commit", "Download", "GPU memory", "Gated, licence", *last], model_rows
+    )
+    data_table = markdown_table(["Data", "From, at commit", "Download", "Read as", *last], data_rows)
+    notes = [f"- {code(m.name)}: {m.note}\n" for m in models if m.note]
+    for d in datasets:
+        parts = [f"{d.title}.", f"Files: {_files(d)}.", d.note, f"Licence: {d.licence}."]
+        notes.append(f"- {code(d.name)}: {' '.join(filter(None, parts))}\n")
+    return f"{wide(model_table)}\n{wide(data_table)}\n{''.join(notes)}"
+
+
+def _place(entry: Model | Dataset) -> str:
+    """Repository and commit, with a link."""
+    kind = "datasets/" if isinstance(entry, Dataset) else ""
+    where = (
+        f"[{entry.repo}](https://huggingface.co/{kind}{entry.repo}/tree/{entry.revision})" if entry.repo else "GitHub"
+    )
+    return f"{where} {code(entry.revision[:7])}{'' if entry.checked else ', not checked'}"
+
+
+def _files(dataset: Dataset) -> str:
+    return ", ".join(f"[{file.name}]({file.url})" if file.url else code(file.path) for file in dataset.files)
+
+
+def _memory(model: Model) -> str:
+    return f"{size(model.memory)} at {model.context:,} tokens"
+
+
+def _gate(model: Model) -> str:
+    return f"{f'[ask here]({model.page})' if model.gated else 'no'}; {model.licence}"
+
+
+def _notebooks(entry: Model | Dataset) -> str:
+    return str(len(entry.used_by)) if entry.used_by else "none yet"
+
+
 def write_generated(project: Project, notebooks: Sequence[Notebook]) -> None:
     """Write the tables that the chapters include, under ``book/_generated``."""
     folder = project.book / "_generated"
@@ -112,6 +162,7 @@ def write_generated(project: Project, notebooks: Sequence[Notebook]) -> None:
         write_if_changed(folder / "options" / f"{name}.md", options_table(name))
     write_if_changed(folder / "methods.md", methods_table())
     write_if_changed(folder / "variants.md", variants_table(published()))
+    write_if_changed(folder / "papers.md", papers_tables())
     write_if_changed(folder / "notebooks.md", notebooks_table(notebooks))
     profiles = [f"### {name}\n\n{about}.\n\n{profiles_table(notebooks, name)}\n" for name, about in PROFILES.items()]
     write_if_changed(folder / "profiles.md", "".join(profiles))
