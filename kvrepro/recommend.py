@@ -52,6 +52,7 @@ TASK = "niah_single"
 FEW = 8
 
 RULE = f"""The rule (this project's own):
+
 1. A method is out if it retrieves worse than the one that retrieves best: the {100 * LEVEL:g} % interval of the paired
    difference of the needle answers' log-likelihood lies below 0.
 2. Of the others, the one with the lowest mean divergence is the best. Those are level with it whose paired difference
@@ -59,6 +60,7 @@ RULE = f"""The rule (this project's own):
 3. If the best's divergence is above the tolerance, no method helps: keep the full cache.
 4. Else, of the best and those level with it and within the tolerance, take the cheapest: the least time to read the
    prompt and write the answer. Costs within {100 * SLACK:g} % count as equal; the lower divergence decides.
+
 Intervals are bootstrap percentiles over passages or prompts, not corrected for the number of methods."""
 
 Progress = Callable[[int, int, str], Any]

@@ -90,7 +90,7 @@ def decide_parts(records: Sequence[Record], with_page: Collection[str] = ()) -> 
         "nothing": _nothing(found, spent, records),
         "costs": "\n".join(_cost_table(each, with_page) for each in spent) or "No published record of times yet.\n",
         "missing": _missing(found),
-        "rule": f"```text\n{RULE}\n```\n",
+        "rule": f"{RULE}\n",
         "thresholds": _thresholds(),
     }
     return Parts(texts, drawings)
