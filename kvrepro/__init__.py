@@ -7,12 +7,14 @@ from kvrepro.decode import Decoder, generate
 from kvrepro.evaluate import fidelity, perplexity, prefill
 from kvrepro.models import load_model
 from kvrepro.quantised import quantise
+from kvrepro.recommend import Recommendation, recommend
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CompressedCache",
     "Decoder",
+    "Recommendation",
     "__version__",
     "fidelity",
     "generate",
@@ -23,4 +25,5 @@ __all__ = [
     "prefill",
     "prepare",
     "quantise",
+    "recommend",
 ]

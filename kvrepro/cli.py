@@ -1,4 +1,4 @@
-"""The command ``kvrepro``: methods, run, eval, build, compare, ledger, doctor, fetch, completion.
+"""The command ``kvrepro``: methods, run, eval, recommend, build, compare, ledger, doctor, fetch, completion.
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 130 stopped. Errors are one line; ``--debug`` shows where they come from.
 """
@@ -20,6 +20,7 @@ from kvrepro import assets, methods
 from kvrepro.book.project import PROFILES, BookError, Project
 from kvrepro.cli_eval import completed, evaluate, executor_option
 from kvrepro.cli_papers import papers_command
+from kvrepro.cli_recommend import recommend_command
 from kvrepro.cli_tasks import COMMANDS
 from kvrepro.compare import RTOL, Comparison, compare
 from kvrepro.doctor import examine
@@ -267,6 +268,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 for task_command in COMMANDS:
     evaluate.add_command(task_command)
 cli.add_command(evaluate)
+cli.add_command(recommend_command)
 fetch_command.add_command(papers_command)
 
 

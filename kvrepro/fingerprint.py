@@ -28,7 +28,9 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 #: Modules every measured value goes through, whoever measures it.
 CORE = ("slots", "rope", "attention", "cache", "adapter", "evaluate", "methods.base")
 #: Modules that fetch, store or show values and cannot change them (data and models are in a record's key by sha256).
-HARNESS = frozenset({"records", "fingerprint", "provenance", "executors", "assets", "plots", "book", "cli", "__main__"})
+HARNESS = frozenset(
+    {"records", "fingerprint", "provenance", "executors", "assets", "plots", "book", "cli", "recommend", "__main__"}
+)
 
 
 def normalise(source: str) -> str:

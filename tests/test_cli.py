@@ -50,7 +50,7 @@ class TestHelp:
     def test_every_command_explains_itself(self, kv: Any) -> None:
         code, out, _ = kv("--help")
         assert code == 0
-        for command in ("methods", "run", "eval", "build", "compare", "ledger", "doctor", "fetch"):
+        for command in ("methods", "run", "eval", "recommend", "build", "compare", "ledger", "doctor", "fetch"):
             assert command in out
             code, text, _ = kv(command, "--help")
             assert code == 0 and "Usage: kvrepro" in text

@@ -16,6 +16,7 @@ import yaml
 from nbformat import NotebookNode
 
 from kvrepro.book.compare_page import compare_page, compared, summary
+from kvrepro.book.decide_page import published_parts
 from kvrepro.book.execute import note
 from kvrepro.book.files import write_if_changed, write_text
 from kvrepro.book.ledger_page import ledger_page
@@ -78,7 +79,7 @@ def _files(node: object) -> Iterator[str]:
 
 
 def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> list[str]:
-    """Bring everything that is generated up to date: tables, status page, ledger, comparison, notes on stale pages.
+    """Bring everything that is generated up to date: tables, status, ledger, advice, comparison, notes on stale pages.
 
     Args:
         project: the checkout.
@@ -109,6 +110,7 @@ def stage(project: Project, notebooks: Sequence[Notebook], sources: Sources) -> 
     write_if_changed(project.book / "status.md", status_page(project, notebooks, summary(found, "compare.md")))
     shown_as_published = [notebook.name for notebook in published_notebooks(project, notebooks)]
     write_if_changed(project.book / "ledger.md", ledger_page(published=shown_as_published))
+    published_parts(shown_as_published).write(project.book / "_generated" / "decide")
     return missing
 
 
