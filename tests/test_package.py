@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from email.message import Message
@@ -104,10 +105,13 @@ def test_the_source_archive_holds_what_the_wheel_is_made_of(sdist: Path) -> None
 
 
 def test_metadata(about: Message) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (about["Name"], about["Version"], about["License-Expression"]) == ("kvrepro", kvrepro.__version__, "MIT")
-    assert about["Requires-Python"] == ">=3.11"
-    assert set(about.get_all("Provides-Extra")) == {"book", "dask", "lm-eval", "test"}
+    assert about["Requires-Python"] == project["requires-python"]
+    assert set(about.get_all("Provides-Extra")) == set(project["optional-dependencies"])
     assert "Typing :: Typed" in about.get_all("Classifier")
+    wanted = [str(Requirement(line)) for line in about.get_all("Requires-Dist") if "extra ==" not in line]
+    assert wanted == [str(Requirement(line)) for line in project["dependencies"]]
     assert "make_cache" in str(about.get_payload())  # the README is the description
 
 
