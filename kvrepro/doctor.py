@@ -17,7 +17,7 @@ import torch
 
 from kvrepro import assets, provenance
 from kvrepro.book.checks import profile_problems
-from kvrepro.book.project import PROFILES, BookError, Project
+from kvrepro.book.project import PROFILES, BookError, Notebook, Project
 from kvrepro.papers.fetch import Folder, data_folder, look
 from kvrepro.papers.hub import PapersError
 from kvrepro.papers.table import select
@@ -52,7 +52,17 @@ def examine(online: bool = False) -> list[Finding]:
     Args:
         online: also ask the hub whether the ``paper`` profile's models can be had.
     """
-    return [*_software(), *_machine(), *_assets(), *_browser(), *_profiles(online)]
+    notebooks = _notebooks()
+    found = [*_software(), *_book_tools(notebooks), *_machine(), *_assets(), *_browser()]
+    return found if _missing_tools() else [*found, *_profiles(notebooks, online)]
+
+
+def _notebooks() -> list[Notebook] | BookError:
+    """The checkout's notebooks, or why there are none."""
+    try:
+        return Project.find().notebooks()
+    except BookError as error:
+        return error
 
 
 def _software() -> Iterator[Finding]:
@@ -61,8 +71,15 @@ def _software() -> Iterator[Finding]:
     yield Finding("python", "problem" if old else "ok", f"{platform.python_version()} in {sys.prefix}", fix)
     yield Finding("torch", "ok", torch.__version__)
     yield Finding("transformers", "ok", metadata.version("transformers"))
+
+
+def _book_tools(notebooks: list[Notebook] | BookError) -> Iterator[Finding]:
     if missing := _missing_tools():
-        yield Finding("book tools", "problem", f"missing: {', '.join(missing)}", "pip install -e '.[book]'")
+        listed = ", ".join(missing)
+        if isinstance(notebooks, BookError):
+            yield Finding("book tools", "warning", f"missing: {listed} (only to make the book, from a checkout)")
+        else:
+            yield Finding("book tools", "problem", f"missing: {listed}", "pip install -e '.[book]'")
     else:
         yield Finding("book tools", "ok", f"jupyter-book {metadata.version('jupyter-book')}")
 
@@ -116,15 +133,11 @@ def find_browser() -> str | None:
     return next((path for name in _BROWSERS if (path := shutil.which(name))), None)
 
 
-def _profiles(online: bool) -> Iterator[Finding]:
-    if _missing_tools():
-        return
-    from kvrepro.book.parameters import defaults  # needs one of the tools
+def _profiles(notebooks: list[Notebook] | BookError, online: bool) -> Iterator[Finding]:
+    from kvrepro.book.parameters import defaults
 
-    try:
-        notebooks = Project.find().notebooks()
-    except BookError as error:
-        yield Finding("notebooks", "warning", str(error))
+    if isinstance(notebooks, BookError):
+        yield Finding("notebooks", "warning", str(notebooks))
         return
     known = {notebook.name: defaults(notebook.source) for notebook in notebooks}
     for profile in PROFILES:

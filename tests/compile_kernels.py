@@ -45,7 +45,7 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
     given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
     options = {k: v for k, v in kwargs.items() if k not in names}
     signature = {n: "constexpr" if n in constants else signature_of(given[n]) for n in names}
-    constexprs = {(names.index(n),): given[n] for n in names if n in constants}
+    constexprs = {n: given[n] for n in names if n in constants}
     source = ASTSource(self, signature, constexprs)
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     shared = kernel.metadata.shared

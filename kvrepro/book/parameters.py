@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from kvrepro.book.project import BookError, RequestError
 
 _ASSIGNMENT = re.compile(r"(?:^|\s)([A-Za-z_]\w*)=")
@@ -30,6 +28,8 @@ def defaults(source: Path) -> dict[str, Any]:
         BookError: the notebook cannot be read, has not exactly one cell tagged ``parameters``, or this cell holds more
             than assignments of literals.
     """
+    import nbformat  # of the extra [book]; what reads words of a command line does without
+
     try:
         notebook = nbformat.read(source, as_version=4)
     except (OSError, ValueError) as error:
