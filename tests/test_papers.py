@@ -303,6 +303,7 @@ def test_another_recipe_makes_the_files_anew_and_removes_the_old_ones(world: Wor
         ("longbench", b"no zip", "another form"),
         ("longbench", archive({"data/trec.jsonl": b"{}"}), "another form"),
     ],
+    ids=["no-parquet", "other-column", "cut-line", "short-document", "cut-file", "other-key", "no-zip", "other-files"],
 )
 def test_unexpected_content_is_said_and_leaves_nothing(world: World, name: str, content: bytes, said: str) -> None:
     row = next(row for row in world.table["datasets"] if row["name"] == name)
