@@ -299,6 +299,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "needle.needle": {
         **{**TEXT, "methods": "h2o", "lengths": 64, "depths": 0.5, "budget": 0.5, "samples": 1, "question": "seen"}
     },
+    "quantised_slots.same_bytes": {**TEXT, **READ, "method": "h2o", "bits": 4, "share": 0.5, "n": 1},
     "tasks.longbench": {**TASKS, "tasks": ["qasper", "zeroscrolls/qmsum"]},
     "tasks.retrieval": {**TASKS, "tasks": ["niah_single", "madlibs1"], "length": 900},
     "weightedkv.toy": {},
