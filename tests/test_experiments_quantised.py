@@ -9,7 +9,7 @@ import torch
 from tiny import measure_tiny, tiny_model, tokens
 
 import kvrepro
-from kvrepro.experiments import common, quantised_slots
+from kvrepro.experiments import across, common, quantised_slots
 from kvrepro.records import Record
 
 LABELS = ["h2o", "snapkv", "kvmerger(mass='attention')"]
@@ -19,9 +19,9 @@ LABELS = ["h2o", "snapkv", "kvmerger(mass='attention')"]
 def small(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Record]]:
     """Measure on a tiny float32 model and random tokens; the text's name only has to exist."""
     measure_tiny(monkeypatch)
-    quantised_slots._reference.cache_clear()
+    across._reference.cache_clear()
     yield lambda *args, **more: quantised_slots.same_bytes("code", *args, 48, 8, 2, model="smollm2-135m", **more)
-    quantised_slots._reference.cache_clear()
+    across._reference.cache_clear()
 
 
 @pytest.mark.parametrize("residual", [0, 4])

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from kvrepro import evaluate
 from kvrepro.cache import CompressedCache, CompressedLayer, Pass, make_cache
+from kvrepro.experiments import across
 from kvrepro.experiments.common import Bench, as_list, parse_variants
 from kvrepro.quantised import BITS, QuantisedLayer, quantise
 from kvrepro.records import Cell, Record, Skip, Value
@@ -106,7 +106,7 @@ def _same_bytes(bench: Bench, cell: Cell) -> Value:
     model, _ = bench.load()
     p = cell.params
     ids = bench.windows(cell.data, p["context"] + p["continuation"], p["passages"]).to(model.device)
-    reference = _reference(bench, cell.data, p["context"], p["continuation"], p["passages"])
+    reference = across._reference(bench, cell.data, p["context"], p["continuation"], p["passages"])
     if not reference.replayable:
         raise Skip("this takes models whose layers all have full attention, such as Llama or Qwen")
     whole = sum(2 * (x.keys.numel() + x.values.numel()) for notes in reference.passes for x in notes)
@@ -127,14 +127,6 @@ def _same_bytes(bench: Bench, cell: Cell) -> Value:
     error = float(kl.std()) / len(kl) ** 0.5 if len(kl) > 1 else None
     extra = {"kl": kl, "nll": nll, "nll_full": nll_full, "slots": slots, "nbytes": nbytes, "target": target}
     return Value(float(kl.mean()), error, len(kl), extra | {"whole": whole})
-
-
-@lru_cache(maxsize=1)
-def _reference(bench: Bench, text: str, context: int, continuation: int, n: int) -> evaluate.Reference:
-    """The passages read with the full cache, once for all cells (the last reading is kept)."""
-    model, _ = bench.load()
-    ids = bench.windows(text, context + continuation, n)
-    return evaluate.full_reference(model, ids, context=context, continuation=continuation)
 
 
 def _nll(log_p: Tensor, target: Tensor) -> Tensor:
