@@ -1,0 +1,100 @@
+"""How many cells an hour one GPU measures, and all of this machine's, by the workers of a Dask cluster.
+
+Run from the repository's root: ``python -m benchmarks.many_gpus``, with the numbers of workers to compare if not 1 and
+all (``python -m benchmarks.many_gpus 1 2 4``). A scheduler and a worker a GPU are started on this machine, and measure
+the same cells each time, into a store that is thrown away. A first short sweep, not timed, makes every worker load the
+model and the text.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import torch
+
+from kvrepro import executors
+from kvrepro.experiments import across
+from kvrepro.records import Record
+
+METHODS = ["streaming_llm", "h2o", "tova", "snapkv", "cam", "weightedkv", "kvmerger", "kvslimmer"]
+SHARES = [0.75, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.125]
+
+
+@click.command()
+@click.argument("counts", nargs=-1, type=click.IntRange(1))
+@click.option("--device", default="cuda", show_default=True, help="cpu tries it out without a GPU")
+@click.option("--passages", default=32, show_default=True, help="passages of 1,024 + 256 tokens a cell")
+@click.option("--cells", default=len(METHODS) * len(SHARES), show_default=True, help="cells to measure each time")
+def main(counts: Sequence[int], device: str, passages: int, cells: int) -> None:
+    """Print, for each number of workers, the cells an hour and how many times those of the first number they are."""
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and max(counts, default=2) > gpus:
+        sys.exit(f"a worker needs a GPU of its own, and this machine has {gpus}")
+    first = None
+    for count in counts or (1, gpus):
+        rate = hourly(count, device, passages, cells)
+        first = first or rate
+        print(f"{count} workers: {rate:.0f} cells an hour, {rate / first:.2f} times", flush=True)
+
+
+def hourly(count: int, device: str, passages: int, cells: int) -> float:
+    """Cells an hour with so many workers."""
+    with cluster(count) as name:
+        os.environ[executors.VARIABLE] = name
+        swept(METHODS[:1], [0.9 - 0.01 * i for i in range(4 * count)], device, passages)
+        start = time.perf_counter()
+        found = swept(METHODS, SHARES[: -(-cells // len(METHODS))], device, passages)
+        return len(found) / (time.perf_counter() - start) * 3600
+
+
+def swept(methods: list[str], shares: list[float], device: str, passages: int) -> list[Record]:
+    """Records of fidelity at the same bytes, measured anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["KVREPRO_RESULTS"] = folder
+        found = across.same_bytes(
+            "essays", methods, shares, 1024, 256, passages, model="smollm2-135m", dtype="float32", device=device
+        )
+    if wrong := [r for r in found if r.status != "ok"]:
+        sys.exit(f"{len(wrong)} cells have no value, the first because of: {wrong[0].reason}")
+    return found
+
+
+@contextmanager
+def cluster(count: int) -> Iterator[str]:
+    """A scheduler and so many workers, the executor's name; they end with the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "scheduler.json"
+        running = [started("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))]
+        try:
+            how = ("--nthreads", "1", "--resources", "GPU=1", "--memory-limit", "0", "--local-directory", folder)
+            for gpu in range(count):
+                running.append(started("worker", "--scheduler-file", str(file), *how, CUDA_VISIBLE_DEVICES=str(gpu)))
+            from distributed import Client
+
+            with Client(scheduler_file=str(file), timeout=60, set_as_default=False) as client:
+                client.wait_for_workers(count, timeout=120)
+                yield client.scheduler.address.replace("tcp://", "dask://")
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait(30)
+
+
+def started(program: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+    """A Dask program with this repository on its path; it prints nothing unless it fails."""
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "distributed.cli.dask_" + program, *words]
+    return subprocess.Popen(command, env=os.environ | environment | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()
