@@ -19,6 +19,7 @@ READ = ("full", "streaming_llm", "snapkv", "h2o", "weightedkv", "kvmerger", "kvs
 WRITE = ("full", "streaming_llm", "h2o", "weightedkv", "kvmerger", "kvslimmer")
 SOME = ("full", "streaming_llm", "weightedkv")
 MERGE = ("weightedkv", "kvmerger", "kvslimmer", "d2o", "keepkv")
+FIT = ("full", "attention_matching", "attention_matching(count=128)")
 PAIRS = ("kvslimmer", "asymkv")
 PRESSES = ("streaming_llm", "snapkv", "observed_attention")
 
@@ -28,6 +29,7 @@ FULL: Plan = {
         {"lengths": 32768, "methods": READ, "repeats": 3},
         {"lengths": [4096, 16384], "methods": READ, "repeats": 3},
     ],
+    "fit": [{"lengths": 32768, "methods": FIT, "repeats": 3}],
     "pairs": [{"lengths": [8192, 32768], "methods": PAIRS, "budget": 2080, "chunk": 512, "repeats": 1}],
     "merging": [{"length": 32768, "methods": MERGE, "repeats": 2}],
     "compiled": [{"slots": [1024, 8192], "methods": WRITE, "compile": True, "peers": False}],
@@ -50,6 +52,7 @@ QUICK: Plan = {
     "kvpress": [{"lengths": 128, "presses": "snapkv", "repeats": 1, "steps": 4}],
     "prefill": [{"lengths": [64, 128], "methods": ["full", "h2o", "weightedkv", "kvslimmer"], "repeats": 2}],
     "long": [{"lengths": 256, "methods": "weightedkv", "chunk": 128, "repeats": 1}],
+    "fit": [{"lengths": 128, "methods": FIT, "repeats": 2}],
     "pairs": [{"lengths": 128, "methods": PAIRS, "budget": 64, "chunk": 16, "repeats": 1}],
     "merging": [{"length": 64, "methods": MERGE, "repeats": 1}],
     "decode": [{"slots": 64, "methods": SOME, "steps": 4, "blocks": 2}],
@@ -97,8 +100,8 @@ def _one(piece: str, arguments: dict[str, Any], setup: speed.Setup, peer: speed.
     """One call of a piece."""
     if piece == "kvpress":
         return speed.kvpress(setup, peer=peer, **arguments)
-    if piece == "pairs":
-        return speed.prefill(setup, experiment="pairs", peers=False, **arguments)
+    if piece in ("pairs", "fit"):
+        return speed.prefill(setup, experiment=piece, peers=False, **arguments)
     if piece == "perplexity":
         setup = speed.Setup(embedded, setup.device, setup.dtype, setup.seed)
     return _FUNCTIONS[piece](setup, **arguments)

@@ -101,6 +101,7 @@ def test_a_value_that_is_not_a_choice_lists_the_choices(idle: PreTrainedModel, n
         ("attention_matching", {"count": 0}),
         ("attention_matching", {"ahead": 2.5}),
         ("attention_matching", {"ridge": 0}),
+        ("attention_matching", {"newest": 1.5}),
         ("attention_matching", {"window": -1}),
         ("attention_matching", {"block": 1000}),
     ],

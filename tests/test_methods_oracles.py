@@ -67,10 +67,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("kvslimmer", {"variant": "released"}),
     ("kvslimmer", {"variant": "released", "overlap": "released", "positions": "cache"}),
     ("attention_matching", {}),
-    ("attention_matching", {"keys": "mass", "sinks": 2, "recent": 3}),
+    ("attention_matching", {"keys": "mass", "newest": 0.0, "sinks": 2, "recent": 3}),
     ("attention_matching", {"queries": "gaussian", "count": 12, "window": 3, "seed": 4}),
     ("attention_matching", {"block": 4, "positions": "cache", "ridge": 0.1, "window": 5}),
-    ("attention_matching", {"count": 7, "ahead": 3, "rounds": 0, "window": 0}),
+    ("attention_matching", {"count": 7, "ahead": 3, "rounds": 0, "window": 0, "newest": 1.0}),
 ]
 
 

@@ -52,6 +52,11 @@ class AttentionMatching(Method):
         "second-hand: the highest root mean square attention of the reference queries; 'mass' (ours) takes their mean",
         ("rms", "mass"),
     )
+    newest: float = option(
+        0.5,
+        "ours: this share of the slots to choose goes to what the newest query attends to most, averaged over the "
+        "layer's heads as TOVA does; the rest goes by `keys`",
+    )
     queries: str = option(
         "prompt",
         "ours: the pass's own queries at future positions; 'gaussian' draws from a Gaussian fitted to them",
@@ -74,6 +79,7 @@ class AttentionMatching(Method):
         for name in ("count", "ahead", "block"):
             self.require_whole(name, 1)
         self.require_number("ridge", 1e-9, 1e9)
+        self.require_number("newest", 0, 1)
 
     def recent_of(self, budget: int) -> int:
         """The newest token, and `recent` tokens where that is more."""
@@ -110,7 +116,8 @@ class AttentionMatching(Method):
         goal = budget + 1 - self.block_of(budget) if step.queries.shape[3] == 1 else budget
         asked = self.reference(slots, step, budget)
         whole = _look(asked, slots, self.keys)
-        keep, size = self._kept(slots, whole.score, budget, goal)
+        now = _look(step.last(1), slots, "mass").score.mean(dim=1, keepdim=True).expand_as(whole.score)
+        keep, size = self._kept(slots, whole.score, now, budget, goal)
         left = compact(slots, keep, size)
         cut = keep.sum(dim=2) < slots.valid.sum(dim=2)  # [B, H]: a row of a batch that still fits stays as it is
         values, bias, good = self.fit(left, asked, whole)
@@ -123,12 +130,26 @@ class AttentionMatching(Method):
             state={"fallbacks": known["fallbacks"] + (cut & ~good).float()},
         )
 
-    def _kept(self, slots: Slots, score: Tensor, budget: int, goal: int) -> tuple[Tensor, int]:
-        """`[B, H_kv, S]` bool: the slots that stay, `goal` of those of a row that exceeds the budget; slots a head."""
+    def _kept(self, slots: Slots, score: Tensor, now: Tensor, budget: int, goal: int) -> tuple[Tensor, int]:
+        """Which slots stay, `goal` of those of a row that exceeds the budget.
+
+        Args:
+            slots: all.
+            score: `[B, H_kv, S]`, by the reference queries.
+            now: `[B, H_kv, S]`, by the newest query.
+            budget: slots that a row may have.
+            goal: slots that are left of a row with more.
+
+        Returns:
+            `[B, H_kv, S]` bool, and slots a head.
+        """
         safe = protected(slots, self.sinks, self.recent_of(budget))
         count = slots.valid.sum(dim=2, keepdim=True)
         wanted = torch.where(count > budget, goal, count)
-        keep = safe | top(score, slots.valid & ~safe, wanted - safe.sum(dim=2, keepdim=True))
+        free = wanted - safe.sum(dim=2, keepdim=True)
+        first = (free * self.newest).int()
+        keep = safe | top(now, slots.valid & ~safe, first)
+        keep = keep | top(score, slots.valid & ~keep, free - first)
         waits = slots.ragged and goal < budget
         return keep, int(wanted.max()) if waits else min(goal, slots.size)
 
@@ -196,9 +217,14 @@ class AttentionMatching(Method):
         share = torch.cat(parts, dim=3)  # [B, H, G, m, S]: of the whole mass
         weights = best_weights(share, self.rounds)
         p = _normalised(share * weights[:, :, None, None])
-        found = fit_values(p, whole.output, left.values, [self.ridge * factor for factor in (1, 10, 100)])
+        # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
+        loose = 1 - p.amax(dim=(2, 3))  # [B, H, S]
+        rest, start = whole.output - mixed(p, left.values), torch.zeros_like(left.values)
+        ridges = [self.ridge * factor for factor in (1, 10, 100)]
+        found = fit_values(p * loose[:, :, None, None], rest, start, ridges)
         before, biased = (_missed(x, left.values, whole.output) for x in (_normalised(share), p))
-        values, bias = found.values.to(left.values.dtype), weights.log().to(left.stats["bias"].dtype)
+        values = (left.values + loose[..., None] * found.values).to(left.values.dtype)
+        bias = weights.log().to(left.stats["bias"].dtype)
         sound = values.isfinite().all(-1).all(-1) & bias.isfinite().all(-1)
         return values, bias, sound & (biased - found.gain < (1 - MARGIN) * before)
 

@@ -16,6 +16,7 @@ class AttentionMatching(Oracle):
         self,
         *,
         keys: str = "rms",
+        newest: float = 0.5,
         queries: str = "prompt",
         count: int = 1024,
         ahead: int = 128,
@@ -28,7 +29,7 @@ class AttentionMatching(Oracle):
         super().__init__(**common)
         self.power = {"mass": 1, "rms": 2}[keys]
         self.queries, self.count, self.ahead, self.window = queries, count, ahead, window
-        self.rounds, self.ridge, self.block = rounds, ridge, block
+        self.rounds, self.ridge, self.block, self.newest = rounds, ridge, block, newest
         self.past: list[list[tuple[int, Array]]] = [[] for _ in range(self.group * len(self.heads))]
         self.fallbacks = [0] * len(self.heads)
 
@@ -80,18 +81,20 @@ class AttentionMatching(Oracle):
             totals.append(sum(masses))
             outputs.append(sum(x * slot.value for x, slot in zip(masses, slots, strict=True)) / totals[-1])
             score += (np.array(masses) / totals[-1]) ** self.power
-        left = self.chosen(slots, score, self.budget + 1 - self.block if decoding else self.budget)
+        now = np.mean([seen[-1] for seen in chunk.probabilities], axis=0)  # the newest query's, all heads
+        left = self.chosen(slots, score, now, self.budget + 1 - self.block if decoding else self.budget)
         places = read_positions(left, self.positions)
         keys = [rotate(s.key, place - s.position, self.inv_freq) for s, place in zip(left, places, strict=True)]
         share = np.array([self.masses(q, left, keys) for q in asked]) / np.array(totals)[:, None]
         target, start = np.array(outputs), np.array([slot.value for slot in left])
         weights = self.weights(share, first)
         biased, plain = (x / x.sum(1, keepdims=True) for x in (share * weights, share))
-        tried = [self.values(biased[first], target[first], start, self.ridge * f) for f in (1, 10, 100)]
+        loose = 1 - biased.max(0)
+        tried = [self.values(biased[first], target[first], start, loose, self.ridge * f) for f in (1, 10, 100)]
         errors = [(((biased @ values - target)[~first]) ** 2).sum() for values in tried]
         best = int(np.argmin(errors))
         if errors[best] < (1 - 1e-6) * ((plain @ start - target)[~first] ** 2).sum():
-            values = self.values(biased, target, start, self.ridge * 10**best)
+            values = self.values(biased, target, start, loose, self.ridge * 10**best)
             for slot, value, weight in zip(left, values, weights, strict=True):
                 slot.value, slot.bias = value, slot.bias + math.log(weight)
         elif not decoding or self.block == 1:
@@ -102,11 +105,13 @@ class AttentionMatching(Oracle):
         """e^logit of each slot."""
         return [math.exp(self.logit(query, key, slot)) for key, slot in zip(keys, slots, strict=True)]
 
-    def chosen(self, slots: list[Slot], score: Array, goal: int) -> list[Slot]:
-        """Sinks, the newest ones, and what is most attended to."""
-        recent = max(1, self.recent)
-        free = sorted(range(self.sinks, len(slots) - recent), key=lambda j: score[j])
-        dropped = free[: len(slots) - goal]
+    def chosen(self, slots: list[Slot], score: Array, now: Array, goal: int) -> list[Slot]:
+        """Sinks, the newest ones, what the newest query attends to most, and what the reference queries do."""
+        free = list(range(self.sinks, len(slots) - max(1, self.recent)))
+        count = goal - (len(slots) - len(free))
+        first = sorted(free, key=lambda j: -now[j])[: int(count * self.newest)]
+        free = [j for j in free if j not in first]
+        dropped = sorted(free, key=lambda j: score[j])[: len(slots) - goal]
         return [slot for j, slot in enumerate(slots) if j not in dropped]
 
     def weights(self, share: Array, first: Array) -> Array:
@@ -130,9 +135,11 @@ class AttentionMatching(Oracle):
             found.append(now / length)
         return found
 
-    def values(self, p: Array, target: Array, start: Array, ridge: float) -> Array:
-        """min |P V - O|^2 + r |V - V_0|^2, r a share of the mean square of a column."""
+    def values(self, p: Array, target: Array, start: Array, loose: Array, ridge: float) -> Array:
+        """min |P V - O|^2 + r |(V - V_0) / (1 - peak)|^2, r a share of the mean square of a column of P (1 - peak)."""
         if not len(p):
             return start
-        pull = ridge * (p**2).sum() / p.shape[1]
-        return start + np.linalg.solve(p.T @ p + pull * np.eye(p.shape[1]), p.T @ (target - p @ start))
+        scaled = p * loose
+        pull = ridge * (scaled**2).sum() / p.shape[1]
+        change = np.linalg.solve(scaled.T @ scaled + pull * np.eye(p.shape[1]), scaled.T @ (target - p @ start))
+        return start + loose[:, None] * change
