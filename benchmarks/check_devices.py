@@ -1,7 +1,10 @@
 """Whether a model whose layers lie on two GPUs writes what it writes on one; for several methods, a line each.
 
 Run from the repository's root on a machine with two GPUs: ``python -m benchmarks.check_devices``. The model has the
-shape of Llama-2-13B and random weights; accelerate puts the layers where they go, as ``device_map="auto"`` does.
+shape of Llama-2-13B and random weights; accelerate puts the layers where they go, as ``device_map="auto"`` does. It
+runs in float32 (52 GB of weights): in bfloat16 the likeliest tokens of random weights are so close that the two ways to
+write already differ on one GPU. The rotary embedding is put on the first GPU: ``make_cache`` checks it by a kernel that
+is launched there.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ def main(shape: str = "llama-2-13b") -> int:
     if torch.cuda.device_count() < 2:
         print("this check needs two GPUs")
         return 1
-    model, _ = kvrepro.load_model(shape, weights="random", device="cuda:0")
+    model, _ = kvrepro.load_model(shape, weights="random", device="cuda:0", dtype=torch.float32)
     ids = torch.randint(model.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to("cuda:0")
     alone = [written(model, ids, *case) for case in CASES]
     on_two(model)
@@ -56,6 +59,7 @@ def on_two(model: PreTrainedModel) -> None:
 
     half = sum(p.numel() * p.element_size() for p in model.parameters()) * 55 // 100
     apart = infer_auto_device_map(model, {0: half, 1: 2 * half}, no_split_module_classes=model._no_split_modules)
+    apart["model.rotary_emb"] = 0
     dispatch_model(model, apart, skip_keys="past_key_values")
 
 

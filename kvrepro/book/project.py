@@ -41,8 +41,7 @@ class Notebook:
         page: the notebook as it was run, a page of the book.
         expected: seconds a run takes on two CPU cores, by profile, where that is known: for the time left, before a
             first run here tells better.
-        twin: whether ``results/published`` keeps its page; not of one that shows what is published itself, nor of one
-            that has not been measured on a GPU.
+        twin: whether ``results/published`` keeps its page; not of one that shows what is published itself.
     """
 
     name: str
