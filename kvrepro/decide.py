@@ -7,6 +7,7 @@ made.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -283,14 +284,18 @@ def _samples_of(record: Record) -> str:
 
 
 def _on_the_same_samples(by_label: Mapping[str, dict[str, Record]], samples: str) -> dict[str, dict[str, Record]]:
-    """Those methods that share parts and samples: as many methods as possible, then as many parts."""
-    groups: dict[str, dict[str, dict[str, Record]]] = {}
-    for name, parts in by_label.items():
-        extras = {part: record.value.extra for part, record in parts.items()}
-        ids = {part: [record.cell.data_sha256, *extras[part].get("ids", [])] for part, record in parts.items()}
-        key = canonical([ids, {part: len(extra[samples]) for part, extra in extras.items()}])
-        groups.setdefault(key, {})[name] = parts
-    return max(groups.values(), key=lambda own: (len(own), len(next(iter(own.values())))), default={})
+    """The parts and samples that most methods have (of equals the most parts), with all methods that have them."""
+    seen = {name: {part: _sampled(r, samples) for part, r in parts.items()} for name, parts in by_label.items()}
+    commonest = Counter(frozenset(parts.items()) for parts in seen.values())
+    wanted = max(commonest, key=lambda parts: (commonest[parts], len(parts)), default=frozenset())
+    there = [name for name, parts in seen.items() if wanted <= parts.items()]
+    return {name: {part: by_label[name][part] for part, _ in sorted(wanted)} for name in there}
+
+
+def _sampled(record: Record, samples: str) -> str:
+    """What records of the same samples agree in."""
+    extra = record.value.extra
+    return canonical([record.cell.data_sha256, extra.get("ids", []), len(extra[samples])])
 
 
 def _losses(purpose: Purpose, record: Record, full: Mapping[str, Record]) -> tuple[list[float], list[str]]:
@@ -423,7 +428,7 @@ def costs(records: Iterable[Record]) -> list[Costs]:
     """What methods cost, one for each shape of model: the longest prompt that enough methods read in one pass."""
     timed = [r for r in records if r.status == "ok" and r.cell.paper == "speed"]
     own = [r for r in timed if r.cell.params.get("peer") is None and r.cell.params.get("batch") == 1]
-    reads = [r for r in own if r.cell.experiment == "prefill" and r.cell.params.get("chunk") is None]
+    reads = [r for r in own if r.cell.experiment in ("prefill", "fit") and r.cell.params.get("chunk") is None]
     groups: dict[tuple[str, str, int], list[Record]] = {}
     for record in reads:
         key = (record.cell.model, str(record.provenance.get("device")), int(record.cell.params["length"]))
@@ -545,7 +550,7 @@ def _facts(own: Sequence[Row]) -> Iterator[str]:
         if row.purpose not in RETRIEVAL or not near:
             continue
         closest = min(near, key=lambda other: abs(other.share - row.share))
-        there = row.of(closest.best.label)
+        there = next((x for s in closest.standings if (x := row.of(s.label))), None)  # variants may lack it
         if there is not None and not there.level and there.found is not None and row.best.found is not None:
             lost.append(
                 f"{row.purpose.name}, {row.budget}: {there.title} succeeds in {percent(there.found)} of the prompts, "
@@ -553,8 +558,8 @@ def _facts(own: Sequence[Row]) -> Iterator[str]:
             )
     if lost:
         yield (
-            "**If single facts must survive, do not choose by the mean divergence**: the method that is nearest to the "
-            f"full cache's predictions loses facts that another one keeps ({'; '.join(lost)})."
+            "**If single facts must survive, do not choose by the mean divergence**: of the methods measured on both "
+            f"the one nearest to the full cache's predictions loses facts that another one keeps ({'; '.join(lost)})."
         )
 
 
