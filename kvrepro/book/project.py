@@ -43,6 +43,7 @@ class Notebook:
             first run here tells better.
         twin: whether ``results/published`` keeps its page; not of one that shows what is published itself, nor of one
             that has not been measured on a GPU.
+        alone: whether nothing may run beside it, because it measures times.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Notebook:
     page: Path = field(repr=False)
     expected: Mapping[str, float] = field(default_factory=dict, repr=False)
     twin: bool = True
+    alone: bool = False
 
     @property
     def stamp(self) -> Path:
@@ -163,6 +165,7 @@ class Project:
             page=self.pages / f"{name}.ipynb",
             expected=dict(entry.get("seconds") or {}),
             twin=bool(entry.get("twin", True)),
+            alone=bool(entry.get("alone", False)),
         )
         if not notebook.source.is_file():
             raise BookError(f"{self.index} lists {name}, but there is no {notebook.source}")
