@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from kvrepro import executors
 #: More would wait for the longest notebook, which is a fifth of the work of those that may run beside others.
 MOST_JOBS = 4
 _JOB_BYTES = 3 << 30  # a kernel with the embedded model takes about half of it
+_POLL_S = 1.0  # a signal that comes just before a wait is noticed after it
 
 T = TypeVar("T")
 
@@ -100,8 +101,11 @@ def run_together(items: Sequence[T], work: Callable[[T], None], jobs: int, kill:
     """
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for future in as_completed([pool.submit(work, item) for item in items]):
-                future.result()
+            left = {pool.submit(work, item) for item in items}
+            while left:
+                done, left = wait(left, _POLL_S, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
         except BaseException:
             kill()
             pool.shutdown(cancel_futures=True)
