@@ -39,8 +39,8 @@ class Notebook:
         profiles: parameters that differ from the parameters cell, by profile.
         source: the notebook as it is written.
         page: the notebook as it was run, a page of the book.
-        expected: seconds a run takes on two CPU cores, by profile, where that is known: for the time left, before a
-            first run here tells better.
+        expected: seconds a run takes on two CPU cores with two at a time, by profile, where that is known: for the order
+            and the time left, before a first run here tells better.
         twin: whether ``results/published`` keeps its page; not of one that shows what is published itself, nor of one
             that has not been measured on a GPU.
         alone: whether nothing may run beside it, because it measures times.
