@@ -31,7 +31,7 @@ from kvrepro.book.files import locked
 from kvrepro.book.pages import fill_glue, glued_in_prose, markdown_table, methods_table, options_table, placeholder
 from kvrepro.book.parameters import check, defaults, parse
 from kvrepro.book.progress import Reporter, duration
-from kvrepro.book.schedule import Round
+from kvrepro.book.schedule import Round, Run
 from kvrepro.book.site import check_toc, outside_references, toc_files
 from kvrepro.book.stamps import Sources, Stamp, plain, source_hash, why
 from kvrepro.fingerprint import PACKAGE_DIR
@@ -117,6 +117,7 @@ class TestIndex:
             ({"name": "Sizes", "title": "", "profiles": {}}, "paper/name"),
             ({"name": "demo/none", "title": "", "profiles": {}}, "there is no"),
             ({"name": "demo/sizes", "title": "", "profiles": {"fast": {}}}, "unknown profile fast"),
+            ({"name": "demo/sizes", "title": "", "profiles": {}, "alone": True}, "alone is whole or times, not True"),
         ],
     )
     def test_bad_entries(self, project: Project, entry: dict[str, Any], message: str) -> None:
@@ -312,9 +313,9 @@ class TestProgress:
 
     def test_lines_without_a_terminal(self) -> None:
         stream = io.StringIO()
-        with Reporter([Round(["a/b", "c/d"], 1)], {"a/b": 10.0, "c/d": 50.0}, stream) as reporter:
+        with Reporter([Round([Run("a/b"), Run("c/d")], 1)], {"a/b": 10.0, "c/d": 50.0}, stream) as reporter:
             assert reporter.left() == 60
-            with reporter.running("a/b", "not run yet"):
+            with reporter.running(Run("a/b"), "not run yet"):
                 assert 59 < (reporter.left() or 0) <= 60
             assert reporter.left() == 50
         assert stream.getvalue() == "[1/2] a/b (not run yet): about 10 s, 1 min left in all\n"
@@ -322,15 +323,18 @@ class TestProgress:
     def test_several_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("kvrepro.book.progress._QUIET_S", 0.0)
         stream = io.StringIO()
-        rounds = [Round(["a/b", "c/d", "e/f"], 2), Round(["g/h"], 1)]
+        rounds = [Round([Run("a/b"), Run("c/d"), Run("e/f")], 2), Round([Run("g/h")], 1)]
         known = {"a/b": 100.0, "c/d": 60.0, "e/f": 20.0, "g/h": 40.0}
         with Reporter(rounds, known, stream) as reporter:
-            with reporter.running("a/b", "not run yet") as first, reporter.running("c/d", "not run yet") as second:
+            with (
+                reporter.running(Run("a/b"), "not run yet") as first,
+                reporter.running(Run("c/d"), "not run yet") as second,
+            ):
                 first.write_text('{"done": 1, "total": 4, "running": "h2o", "left_s": 3.0}\n')
                 second.write_text('{"done": 2, "total": 3, "running": "full", "left_s": null}\n')
                 reporter._tick()
                 assert reporter.left() == pytest.approx(140, abs=2)  # a/b, beside it the two others, then g/h
-            with reporter.running("e/f", "not run yet"):
+            with reporter.running(Run("e/f"), "not run yet"):
                 assert reporter.left() == pytest.approx(60, abs=2)
         told = stream.getvalue()
         assert "[2/4] c/d (not run yet): about 1 min, 2 min 20 s left in all\n" in told
@@ -344,15 +348,15 @@ class TestProgress:
 
         stream = Terminal()
         with (
-            Reporter([Round(["a/b", "c/d"], 2)], {"a/b": 10.0}, stream) as reporter,
-            reporter.running("a/b", "not run yet") as feed,
-            reporter.running("c/d", "not run yet"),
+            Reporter([Round([Run("a/b"), Run("c/d")], 2)], {"a/b": 10.0}, stream) as reporter,
+            reporter.running(Run("a/b"), "not run yet") as feed,
+            reporter.running(Run("c/d"), "not run yet"),
         ):
             feed.write_text('{"done": 1, "total": 4, "running": "h2o budget=64", "left_s": 3.0}\n')
             reporter._tick()
         assert "a/b: 1/4 h2o budget=64, 3 s left" in stream.getvalue()
         assert "c/d: running" in stream.getvalue()
-        assert "2/2 notebooks" in stream.getvalue()
+        assert "2/2 runs" in stream.getvalue()
 
 
 class TestProfiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
 import signal
@@ -21,7 +22,7 @@ from kvrepro import executors
 from kvrepro.book import BookError, Notebook, Project
 from kvrepro.book import build as building
 from kvrepro.book.execute import Outcome
-from kvrepro.book.schedule import Round, default_jobs, plan, run_together, time_left
+from kvrepro.book.schedule import Round, Run, default_jobs, plan, run_together, time_left
 from kvrepro.book.stamps import Sources, Stamp
 
 SOON_S = 20  # how long a test waits for what happens at once, unless something is wrong
@@ -61,25 +62,34 @@ class TestDefault:
     @pytest.mark.parametrize(("cores", "jobs", "threads"), [(8, 1, None), (8, 2, 4), (8, 3, 2), (2, 2, 1), (2, 4, 1)])
     def test_threads_share_the_cores(self, cores: int, jobs: int, threads: int | None) -> None:
         self.resources(cores, 64)
-        assert Round(["a/b"], jobs).threads == threads
+        assert Round([Run("a/b")], jobs).threads == threads
+
+
+def listed(*names: str) -> list[Notebook]:
+    """Notebooks; those called timed run alone, of those called both the times do."""
+    kinds = {"timed": "whole", "both": "times"}
+    here = Path()
+    return [Notebook(name, "", {}, here, here, alone=kinds.get(name.partition(" ")[0], "")) for name in names]
 
 
 class TestPlan:
-    SECONDS: Mapping[str, float] = {"a": 5, "b": 20, "d": 10, "timed": 60, "timed too": 70}
+    SECONDS: Mapping[str, float] = {"a": 5, "b": 20, "d": 10, "both": 15, "timed": 60, "timed too": 70}
 
     def test_longest_first_and_alone_last(self) -> None:
-        names = ["timed", "a", "b", "c", "d", "timed too"]
-        rounds = plan(names, {"timed", "timed too"}, self.SECONDS, 2)
-        assert rounds == [Round(["c", "b", "d", "a"], 2), Round(["timed", "timed too"], 1)]
+        rounds = plan(listed("timed", "a", "b", "both", "c", "d", "timed too"), self.SECONDS, 2)
+        first = [Run("c"), Run("b"), Run("both", times=False), Run("d"), Run("a")]
+        assert rounds == [Round(first, 2), Round([Run("timed"), Run("both"), Run("timed too")], 1)]
 
     def test_one_at_a_time_keeps_the_order(self) -> None:
-        assert plan(["timed", "a", "b"], {"timed"}, self.SECONDS, 1) == [Round(["timed", "a", "b"], 1)]
+        names = ["timed", "a", "both", "b"]
+        assert plan(listed(*names), self.SECONDS, 1) == [Round([*map(Run, names)], 1)]
 
     def test_no_more_at_a_time_than_there_are(self) -> None:
-        assert plan(["timed", "a"], {"timed"}, self.SECONDS, 4) == [Round(["timed", "a"], 1)]
-        assert plan(["a", "b"], {"timed"}, self.SECONDS, 4) == [Round(["b", "a"], 2)]
-        assert plan(["timed", "timed too"], {"timed", "timed too"}, {}, 4) == [Round(["timed", "timed too"], 1)]
-        assert plan([], set(), {}, 4) == []
+        assert plan(listed("timed", "a"), self.SECONDS, 4) == [Round([Run("timed"), Run("a")], 1)]
+        assert plan(listed("both"), self.SECONDS, 4) == [Round([Run("both")], 1)]
+        assert plan(listed("a", "b"), self.SECONDS, 4) == [Round([Run("b"), Run("a")], 2)]
+        assert plan(listed("timed", "timed too"), {}, 4) == [Round([Run("timed"), Run("timed too")], 1)]
+        assert plan([], {}, 4) == []
 
     @pytest.mark.parametrize(
         ("running", "waiting", "jobs", "left"),
@@ -132,6 +142,24 @@ class Stub:
             assert self._changed.wait_for(lambda: set(names) <= set(self.begun), SOON_S), f"{names} did not begin"
 
 
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Sends the main thread Ctrl-C's signal, once it waits for what runs."""
+    main, waits = threading.main_thread().ident, threading.Event()
+    assert main is not None
+
+    def wait(*given: Any, **options: Any) -> Any:
+        waits.set()
+        return concurrent.futures.wait(*given, **options)
+
+    def send() -> None:
+        assert waits.wait(SOON_S)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    monkeypatch.setattr("kvrepro.book.schedule.wait", wait)
+    return send
+
+
 class TestTogether:
     def test_so_many_at_a_time_and_in_order(self) -> None:
         stub, names = Stub(), [*"abcdef"]
@@ -181,16 +209,15 @@ class TestTogether:
         assert {"a", "b"} <= set(stub.begun) <= {"a", "b", "c"}  # c may take the place of a before the error is seen
         assert not stub._now
 
-    def test_ctrl_c_ends_all(self) -> None:
-        stub, main = Stub(), threading.main_thread().ident
-        assert main is not None
+    def test_ctrl_c_ends_all(self, interrupt: Callable[[], None]) -> None:
+        stub = Stub()
 
-        def interrupt(name: str) -> None:
+        def stop(name: str) -> None:
             stub.wait_for("b")
-            signal.pthread_kill(main, signal.SIGINT)
+            interrupt()
 
         with pytest.raises(KeyboardInterrupt):
-            run_together([*"abcd"], self.endless(stub, interrupt), 2, stub.killed.set)
+            run_together([*"abcd"], self.endless(stub, stop), 2, stub.killed.set)
         assert sorted(stub.begun) == ["a", "b"]
         assert not stub._now
 
@@ -204,7 +231,9 @@ class TestBuild:
         entries = []
         for name in ("demo/timed", "demo/a", "demo/b", "demo/c", "demo/timed_too"):
             write_notebook(project.root / f"notebooks/{name}.ipynb", [("md", "# A page"), ("parameters", "size = 1")])
-            entries.append({"name": name, "title": name, "profiles": {}, "alone": "timed" in name})
+            entries.append({"name": name, "title": name, "profiles": {}})
+            if "timed" in name:
+                entries[-1]["alone"] = "whole"
         entries[2]["seconds"], entries[3]["seconds"] = {"quick": 5}, {"quick": 50}
         project.index.write_text(yaml.safe_dump(entries), encoding="utf-8")
         toc = yaml.safe_load((project.root / "_toc.yml").read_text(encoding="utf-8"))
@@ -224,6 +253,7 @@ class TestBuild:
         ) -> Outcome:
             with stub.running(notebook.name):
                 threads[notebook.name] = options["threads"]
+                assert options["times"] or notebook.alone == "times"
                 failure = inside(notebook.name, options["kernels"])
             return Outcome(nbformat.read(notebook.source, as_version=4), 1.0, failure)
 
@@ -249,6 +279,15 @@ class TestBuild:
         assert stub.beside["demo/a"] == {"demo/b", "demo/c"}
         assert threads == {"demo/timed": None, "demo/timed_too": None, "demo/a": 1, "demo/b": 1, "demo/c": 1}
 
+    def test_only_its_times_run_alone(self, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+        index = project.index.read_text(encoding="utf-8")
+        project.index.write_text(index.replace("alone: whole", "alone: times"), encoding="utf-8")
+        stub = Stub()
+        self.stubbed(monkeypatch, stub, lambda name, kernels: "" if stub.begun.count(name) == 2 else "TimesLater: h2o")
+        report = building.build(project, "quick", ["demo/timed", "demo/timed_too"], jobs=2, site=False)
+        assert sorted(stub.begun[:2]) == stub.begun[2:] == ["demo/timed", "demo/timed_too"]
+        assert (report.ran, report.failed) == (["demo/timed", "demo/timed_too"], {})
+
     def test_the_default_follows_the_machine(self, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(building, "default_jobs", lambda: 1)
         stub = Stub()
@@ -267,14 +306,15 @@ class TestBuild:
         assert "      demo/c: FAILED after 1 s: KeyError: 'gone'\n" in told
         assert "      demo/a: done in 1 s\n" in told
 
-    def test_what_was_killed_is_not_kept(self, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-        stub, main = Stub(), threading.main_thread().ident
-        assert main is not None
+    def test_what_was_killed_is_not_kept(
+        self, project: Project, monkeypatch: pytest.MonkeyPatch, interrupt: Callable[[], None]
+    ) -> None:
+        stub = Stub()
 
         def inside(name: str, kernels: Any) -> str:
             if name == "demo/a":  # the first, for nobody knows how long it takes; then c and b
                 stub.wait_for("demo/b")
-                signal.pthread_kill(main, signal.SIGINT)
+                interrupt()
             if name != "demo/c":
                 while not kernels.killed:
                     threading.Event().wait(0.01)

@@ -24,7 +24,7 @@ from kvrepro.book.files import locked, write_text
 from kvrepro.book.parameters import check, defaults
 from kvrepro.book.progress import Reporter, duration
 from kvrepro.book.project import BookError, Notebook, Project, check_profile
-from kvrepro.book.schedule import default_jobs, plan, run_together
+from kvrepro.book.schedule import Run, default_jobs, plan, run_together
 from kvrepro.book.site import build_site, check_toc, stage
 from kvrepro.book.stamps import Sources, Stamp, count_statuses, plain, source_hash, why
 from kvrepro.records import write_records
@@ -173,25 +173,26 @@ def _run_all(project: Project, tasks: Sequence[_Task], profile: str, sources: So
     """Run notebooks and keep what comes of each as soon as it is done."""
     by_name = {task.notebook.name: task for task in tasks}
     known = {name: seconds for name, task in by_name.items() if (seconds := task.expected(profile)) is not None}
-    alone = {name for name, task in by_name.items() if task.notebook.alone}
-    rounds = plan(list(by_name), alone, known, jobs)
+    rounds = plan([task.notebook for task in tasks], known, jobs)
     kernels = Kernels()
 
     with Reporter(rounds, known) as reporter:
 
-        def run_one(name: str, threads: int | None) -> None:
-            task = by_name[name]
-            with reporter.running(name, task.why) as feed:
-                outcome = execute(project, task.notebook, task.parameters, feed, threads=threads, kernels=kernels)
+        def carry_out(run: Run, threads: int | None) -> None:
+            task = by_name[run.notebook]
+            options = {"threads": threads, "kernels": kernels, "times": run.times}
+            with reporter.running(run, task.why) as feed:
+                outcome = execute(project, task.notebook, task.parameters, feed, **options)
                 if kernels.killed:
                     return  # it did not fail by itself: the next build runs it again
-                keep(task.notebook, task.parameters, outcome, profile, sources)
-            failure = _failure(task.notebook)
+                if run.times:
+                    keep(task.notebook, task.parameters, outcome, profile, sources)
+            failure = _failure(task.notebook) if run.times else ""  # an error before the times comes again
             took = duration(outcome.seconds)
-            reporter.say(f"      {name}: {f'FAILED after {took}: {failure}' if failure else f'done in {took}'}")
+            reporter.say(f"      {run}: {f'FAILED after {took}: {failure}' if failure else f'done in {took}'}")
 
         for each in rounds:
-            run_together(each.names, partial(run_one, threads=each.threads), each.jobs, kernels.kill)
+            run_together(each.runs, partial(carry_out, threads=each.threads), each.jobs, kernels.kill)
 
 
 def keep(notebook: Notebook, parameters: Mapping[str, Any], outcome: Outcome, profile: str, sources: Sources) -> None:

@@ -102,6 +102,7 @@ def execute(
     *,
     threads: int | None = None,
     kernels: Kernels | None = None,
+    times: bool = True,
 ) -> Outcome:
     """Run a notebook in a kernel of this interpreter, from the project's root.
 
@@ -112,6 +113,7 @@ def execute(
         progress: file that sweeps append their progress to, see ``kvrepro.records.Store.sweep``.
         threads: threads that torch may use; None for as many as it takes by itself.
         kernels: where its kernel can be ended from another thread.
+        times: whether times are measured; otherwise it ends at the first that is not stored, with ``TimesLater``.
 
     Returns:
         The outcome; an error inside the notebook is part of it and not raised.
@@ -120,7 +122,7 @@ def execute(
         scratch = Path(folder)
         before, after = scratch / "before.ipynb", scratch / "after.ipynb"
         nbformat.write(_with_export(nbformat.read(notebook.source, as_version=4), scratch), before)
-        manager = (kernels or Kernels()).manager(_kernel_environment(scratch, progress, threads))
+        manager = (kernels or Kernels()).manager(_kernel_environment(scratch, progress, threads, times))
         started = time.perf_counter()
         failure = _papermill(before, after, parameters, project.root, manager)
         seconds = time.perf_counter() - started
@@ -163,7 +165,7 @@ def _papermill(
     return ""
 
 
-def _kernel_environment(scratch: Path, progress: Path | None, threads: int | None) -> dict[str, str]:
+def _kernel_environment(scratch: Path, progress: Path | None, threads: int | None, times: bool) -> dict[str, str]:
     """What a kernel's environment has beside this process's."""
     package = str(Path(__file__).resolve().parents[2])
     changes = {
@@ -177,6 +179,8 @@ def _kernel_environment(scratch: Path, progress: Path | None, threads: int | Non
     }
     if progress is not None:
         changes["KVREPRO_PROGRESS"] = str(progress)
+    if not times:
+        changes["KVREPRO_TIMES"] = "later"
     if threads is not None:
         changes["OMP_NUM_THREADS"] = str(threads)
     if results := os.environ.get("KVREPRO_RESULTS"):

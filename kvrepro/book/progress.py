@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from kvrepro.book.schedule import Round, time_left
+from kvrepro.book.schedule import Round, Run, time_left
 
 _TICK_S = 0.5
 _QUIET_S = 30.0  # without a terminal, a line of progress this often
@@ -55,9 +55,9 @@ class Reporter:
         """
         self._stream = stream or sys.stderr
         self._rounds, self._known = list(rounds), dict(known)
-        self._total = sum(len(each.names) for each in rounds)
-        self._took: dict[str, float] = {}
-        self._running: dict[str, _Running] = {}
+        self._total = sum(len(each.runs) for each in rounds)
+        self._took: dict[Run, float] = {}
+        self._running: dict[Run, _Running] = {}
         self._lock = threading.RLock()
         self._folder = tempfile.TemporaryDirectory(prefix="kvrepro-progress-")
         self._lines = max((each.jobs for each in rounds), default=0)
@@ -67,7 +67,7 @@ class Reporter:
     def __enter__(self) -> Reporter:
         """Draw the bar and start watching the feeds."""
         if self._live and self._total:
-            form = "{bar:20} {n_fmt}/{total_fmt} notebooks, {elapsed}{postfix}"
+            form = "{bar:20} {n_fmt}/{total_fmt} runs, {elapsed}{postfix}"
             same = {"file": self._stream, "dynamic_ncols": True}
             self._bars = [tqdm(total=self._total, bar_format=form, position=0, **same)]
             for line in range(self._lines):
@@ -94,11 +94,11 @@ class Reporter:
                 print(text, file=self._stream, flush=True)
 
     @contextmanager
-    def running(self, name: str, why: str) -> Iterator[Path]:
+    def running(self, run: Run, why: str) -> Iterator[Path]:
         """Show that a notebook runs; several threads may, each for one of its own.
 
         Args:
-            name: the notebook.
+            run: which one.
             why: why it runs.
 
         Yields:
@@ -108,16 +108,16 @@ class Reporter:
             number = len(self._took) + len(self._running) + 1
             feed = Path(self._folder.name) / f"{number}.jsonl"
             now = time.monotonic()
-            self._running[name] = _Running(feed, since=now, said=now)
-            self.say(f"[{number}/{self._total}] {name} ({why}){self._expectation(name)}")
+            self._running[run] = _Running(feed, since=now, said=now)
+            self.say(f"[{number}/{self._total}] {run} ({why}){self._expectation(run)}")
         yield feed
         with self._lock:
-            self._took[name] = time.monotonic() - self._running.pop(name).since
+            self._took[run] = time.monotonic() - self._running.pop(run).since
             if self._bars:
                 self._bars[0].update(1)
 
-    def _expectation(self, name: str) -> str:
-        parts = [f"about {duration(self._known[name])}"] if name in self._known else []
+    def _expectation(self, run: Run) -> str:
+        parts = [f"about {duration(self._known[run.notebook])}"] if run.notebook in self._known else []
         if left := self.left():
             parts.append(f"{duration(left)} left in all")
         return f": {', '.join(parts)}" if parts else ""
@@ -131,10 +131,10 @@ class Reporter:
             guess, now = sum(samples) / len(samples), time.monotonic()
             left = 0.0
             for each in self._rounds:
-                expected = {name: self._known.get(name, guess) for name in each.names if name not in self._took}
-                since = {name: self._running[name].since for name in expected if name in self._running}
-                running = [max(0.0, expected[name] - (now - start)) for name, start in since.items()]
-                waiting = [seconds for name, seconds in expected.items() if name not in since]
+                expected = {run: self._known.get(run.notebook, guess) for run in each.runs if run not in self._took}
+                since = {run: self._running[run].since for run in expected if run in self._running}
+                running = [max(0.0, expected[run] - (now - start)) for run, start in since.items()]
+                waiting = [seconds for run, seconds in expected.items() if run not in since]
                 left += time_left(running, waiting, each.jobs)
             return left
 
@@ -144,7 +144,7 @@ class Reporter:
 
     def _tick(self) -> None:
         with self._lock:
-            doing = {name: f"{name}: {_doing(_last_step(each.feed))}" for name, each in self._running.items()}
+            doing = {run: f"{run}: {_doing(_last_step(each.feed))}" for run, each in self._running.items()}
             if self._bars:
                 left = self.left()
                 self._bars[0].set_postfix_str(f"about {duration(left)} left" if left is not None else "")
@@ -152,9 +152,9 @@ class Reporter:
                     bar.set_description_str(text)
                 return
             now = time.monotonic()
-            for name, text in doing.items():
-                if now - self._running[name].said >= _QUIET_S:
-                    self._running[name].said = now
+            for run, text in doing.items():
+                if now - self._running[run].said >= _QUIET_S:
+                    self._running[run].said = now
                     self.say(f"      {text}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from kvrepro import executors
+from kvrepro.book.project import Notebook
 
 #: More would wait for the longest notebook, which is a fifth of the work of those that may run beside others.
 MOST_JOBS = 4
@@ -34,15 +35,31 @@ def default_jobs() -> int:
 
 
 @dataclass(frozen=True)
-class Round:
-    """Notebooks that run side by side.
+class Run:
+    """One run of a notebook.
 
     Attributes:
-        names: in the order in which they begin.
-        jobs: how many run at a time.
+        notebook: its name.
+        times: whether times are measured; a run without ends before the first, and the notebook runs again alone.
     """
 
-    names: Sequence[str]
+    notebook: str
+    times: bool = True
+
+    def __str__(self) -> str:
+        return self.notebook if self.times else f"{self.notebook} without its times"
+
+
+@dataclass(frozen=True)
+class Round:
+    """Runs side by side.
+
+    Attributes:
+        runs: in the order in which they begin.
+        jobs: how many at a time.
+    """
+
+    runs: Sequence[Run]
     jobs: int
 
     @property
@@ -51,23 +68,22 @@ class Round:
         return None if self.jobs == 1 else max(1, torch.get_num_threads() // self.jobs)
 
 
-def plan(names: Sequence[str], alone: Collection[str], seconds: Mapping[str, float], jobs: int) -> list[Round]:
+def plan(notebooks: Sequence[Notebook], seconds: Mapping[str, float], jobs: int) -> list[Round]:
     """What runs when: first what may run side by side, then, one by one, what must run alone.
 
     The longest begin first, those of unknown length before them: then the cores are busy to the end.
 
     Args:
-        names: the notebooks, in the order of the index, which is kept where one runs at a time.
-        alone: those whose measured times others would disturb.
-        seconds: how long each is expected to take, where that is known.
+        notebooks: in the order of the index, which is kept where one runs at a time.
+        seconds: how long each is expected to take, by name, where that is known.
         jobs: how many may run at a time.
     """
-    together = [name for name in names if name not in alone]
+    together = [Run(each.name, times=not each.alone) for each in notebooks if each.alone != "whole"]
     jobs = min(jobs, len(together))
     if jobs <= 1:
-        return [Round(names, 1)] if names else []
-    together.sort(key=lambda name: -seconds.get(name, float("inf")))
-    after = [name for name in names if name in alone]
+        return [Round([Run(each.name) for each in notebooks], 1)] if notebooks else []
+    together.sort(key=lambda run: -seconds.get(run.notebook, float("inf")))
+    after = [Run(each.name) for each in notebooks if each.alone]
     return [Round(together, jobs), *([Round(after, 1)] if after else [])]
 
 
