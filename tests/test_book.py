@@ -26,7 +26,7 @@ from kvrepro import methods
 from kvrepro.book import PROFILES, BookError, Project, RequestError
 from kvrepro.book.build import build, run
 from kvrepro.book.checks import check_profile_runs, profile_problems
-from kvrepro.book.execute import clean, note
+from kvrepro.book.execute import Kernels, clean, execute, note
 from kvrepro.book.files import locked
 from kvrepro.book.pages import fill_glue, glued_in_prose, markdown_table, methods_table, options_table, placeholder
 from kvrepro.book.parameters import check, defaults, parse
@@ -305,6 +305,14 @@ class TestPages:
             "a.html: img //x.org/b.png",
             "a.css: css https://fonts.x.org/f",
         ]
+
+
+class TestKernels:
+    def test_a_kernel_that_starts_after_the_end_is_killed(self, project: Project) -> None:
+        kernels = Kernels()
+        kernels.kill()
+        outcome = execute(project, project.select(["words"])[0], {}, kernels=kernels)
+        assert outcome.failure.startswith("the kernel ")
 
 
 class TestProgress:
