@@ -122,13 +122,20 @@ def run_command(notebook: str, parameters: tuple[str, ...], profile: str | None,
 )
 @click.option("--force", is_flag=True, help="Run the notebooks although nothing changed.")
 @click.option("--site/--no-site", default=True, show_default=True, help="Build the pages afterwards.")
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Notebooks that run at a time; those that measure times run alone.  [default: one a core, at most 4; 1 with a "
+    "GPU or a cluster]",
+)
 @executor_option
-def build_command(profile: str | None, notebooks: tuple[str, ...], force: bool, site: bool) -> None:
+def build_command(profile: str | None, notebooks: tuple[str, ...], force: bool, site: bool, jobs: int | None) -> None:
     """Make the book: run the notebooks that need it, then build the pages."""
     project = Project.find()
     with _extra("book"):
         from kvrepro.book.build import build  # slow to import
-    report = build(project, profile, notebooks, force=force, site=site)
+    report = build(project, profile, notebooks, force=force, site=site, jobs=jobs)
     what = "the notebooks" if not site else "the book"
     if not report.ran and not report.built:
         click.echo(f"{what} ({report.profile}): up to date")

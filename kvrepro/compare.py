@@ -196,7 +196,7 @@ def rebuilt_tolerance(published: Record) -> float:
 
 def is_time(record: Record) -> bool:
     """Whether the value is of one machine: such cells name their hardware."""
-    return "hardware" in record.cell.params
+    return record.cell.is_time
 
 
 def _incomparable(record: Record) -> tuple[str, str]:

@@ -55,6 +55,10 @@ class Skip(Exception):
     """Raised by a measuring function to record that, and why, a cell cannot be measured here."""
 
 
+class TimesLater(RuntimeError):
+    """A time is to be measured, and ``KVREPRO_TIMES=later`` says that what runs beside this would be part of it."""
+
+
 def plain(value: Any, digits: int | None = None) -> Any:
     """A JSON-able copy of a value: tuples and arrays become lists, numbers Python's own.
 
@@ -151,6 +155,11 @@ class Cell:
         clash = sorted(set(self.params) & set(COLUMNS))
         if clash:
             raise ValueError(f"parameters must not be named like a record's columns: {', '.join(clash)}")
+
+    @property
+    def is_time(self) -> bool:
+        """Whether the value is a time or speed of one machine: such cells name their hardware."""
+        return "hardware" in self.params
 
     @functools.cached_property
     def identity(self) -> str:
@@ -416,6 +425,7 @@ class Store:
 
         Raises:
             StoreError: records cannot be written (checked before running).
+            TimesLater: the cell is a time, is not stored yet, and ``KVREPRO_TIMES=later`` is set.
             ValueError: an unknown method in the cell.
             KeyboardInterrupt: passed on; nothing is recorded.
         """
@@ -423,6 +433,8 @@ class Store:
         key = cell.key(code)
         record = self._stored(key)
         if record is None or not _is_done(record):
+            if cell.is_time and os.environ.get("KVREPRO_TIMES") == "later":
+                raise TimesLater(f"{cell.label()}: other work runs beside this")
             file = self._file(cell)
             file.check_writable()
             record, error = measured(cell, run, key, code)

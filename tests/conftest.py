@@ -13,7 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
-_PRIVATE = ("KVREPRO_DATA_DIR", "KVREPRO_EXECUTOR", "KVREPRO_PROGRESS", "KVREPRO_STRICT")
+_PRIVATE = ("KVREPRO_DATA_DIR", "KVREPRO_EXECUTOR", "KVREPRO_PROGRESS", "KVREPRO_STRICT", "KVREPRO_TIMES")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -25,11 +26,12 @@ from kvrepro import methods
 from kvrepro.book import PROFILES, BookError, Project, RequestError
 from kvrepro.book.build import build, run
 from kvrepro.book.checks import check_profile_runs, profile_problems
-from kvrepro.book.execute import clean, note
+from kvrepro.book.execute import Kernels, clean, execute, note
 from kvrepro.book.files import locked
 from kvrepro.book.pages import fill_glue, glued_in_prose, markdown_table, methods_table, options_table, placeholder
 from kvrepro.book.parameters import check, defaults, parse
 from kvrepro.book.progress import Reporter, duration
+from kvrepro.book.schedule import Round, Run
 from kvrepro.book.site import check_toc, outside_references, toc_files
 from kvrepro.book.stamps import Sources, Stamp, plain, source_hash, why
 from kvrepro.fingerprint import PACKAGE_DIR
@@ -115,6 +117,7 @@ class TestIndex:
             ({"name": "Sizes", "title": "", "profiles": {}}, "paper/name"),
             ({"name": "demo/none", "title": "", "profiles": {}}, "there is no"),
             ({"name": "demo/sizes", "title": "", "profiles": {"fast": {}}}, "unknown profile fast"),
+            ({"name": "demo/sizes", "title": "", "profiles": {}, "alone": True}, "alone is whole or times, not True"),
         ],
     )
     def test_bad_entries(self, project: Project, entry: dict[str, Any], message: str) -> None:
@@ -304,31 +307,64 @@ class TestPages:
         ]
 
 
+class TestKernels:
+    def test_a_kernel_that_starts_after_the_end_is_killed(self, project: Project) -> None:
+        kernels = Kernels()
+        kernels.kill()
+        outcome = execute(project, project.select(["words"])[0], {}, kernels=kernels)
+        assert outcome.failure.startswith("the kernel ")
+
+
 class TestProgress:
     def test_duration(self) -> None:
         assert [duration(s) for s in (0.4, 59, 61, 120, 3700)] == ["0 s", "59 s", "1 min 1 s", "2 min", "1 h 1 min"]
 
     def test_lines_without_a_terminal(self) -> None:
         stream = io.StringIO()
-        with Reporter(["a/b", "c/d"], {"a/b": 10.0, "c/d": 50.0}, stream) as reporter:
+        with Reporter([Round([Run("a/b"), Run("c/d")], 1)], {"a/b": 10.0, "c/d": 50.0}, stream) as reporter:
             assert reporter.left() == 60
-            with reporter.running("a/b", "not run yet"):
+            with reporter.running(Run("a/b"), "not run yet"):
                 assert 59 < (reporter.left() or 0) <= 60
-                reporter._tick({"done": 1, "total": 4, "running": "h2o", "left_s": 3.0})
             assert reporter.left() == 50
         assert stream.getvalue() == "[1/2] a/b (not run yet): about 10 s, 1 min left in all\n"
 
-    def test_bar_in_a_terminal_shows_the_sweep(self) -> None:
+    def test_several_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("kvrepro.book.progress._QUIET_S", 0.0)
+        stream = io.StringIO()
+        rounds = [Round([Run("a/b"), Run("c/d"), Run("e/f")], 2), Round([Run("g/h")], 1)]
+        known = {"a/b": 100.0, "c/d": 60.0, "e/f": 20.0, "g/h": 40.0}
+        with Reporter(rounds, known, stream) as reporter:
+            with (
+                reporter.running(Run("a/b"), "not run yet") as first,
+                reporter.running(Run("c/d"), "not run yet") as second,
+            ):
+                first.write_text('{"done": 1, "total": 4, "running": "h2o", "left_s": 3.0}\n')
+                second.write_text('{"done": 2, "total": 3, "running": "full", "left_s": null}\n')
+                reporter._tick()
+                assert reporter.left() == pytest.approx(140, abs=2)  # a/b, beside it the two others, then g/h
+            with reporter.running(Run("e/f"), "not run yet"):
+                assert reporter.left() == pytest.approx(60, abs=2)
+        told = stream.getvalue()
+        assert "[2/4] c/d (not run yet): about 1 min, 2 min 20 s left in all\n" in told
+        assert "      a/b: 1/4 h2o, 3 s left\n" in told
+        assert "      c/d: 2/3 full\n" in told
+
+    def test_bar_in_a_terminal_shows_the_sweeps(self) -> None:
         class Terminal(io.StringIO):
             def isatty(self) -> bool:
                 return True
 
         stream = Terminal()
-        with Reporter(["a/b"], {"a/b": 10.0}, stream) as reporter, reporter.running("a/b", "not run yet"):
-            reporter.feed.write_text('{"done": 1, "total": 4, "running": "h2o budget=64", "left_s": 3.0}\n')
-            time.sleep(1.5)
-        assert "a/b" in stream.getvalue()
-        assert "1/4 h2o budget=64, 3 s left" in stream.getvalue()
+        with (
+            Reporter([Round([Run("a/b"), Run("c/d")], 2)], {"a/b": 10.0}, stream) as reporter,
+            reporter.running(Run("a/b"), "not run yet") as feed,
+            reporter.running(Run("c/d"), "not run yet"),
+        ):
+            feed.write_text('{"done": 1, "total": 4, "running": "h2o budget=64", "left_s": 3.0}\n')
+            reporter._tick()
+        assert "a/b: 1/4 h2o budget=64, 3 s left" in stream.getvalue()
+        assert "c/d: running" in stream.getvalue()
+        assert "2/2 runs" in stream.getvalue()
 
 
 class TestProfiles:
@@ -370,7 +406,7 @@ class TestBuild:
         monkeypatch.setenv("KVREPRO_RESULTS", str(life.root / "results" / "local"))
 
     def test_first_build(self, life: Project, capfd: pytest.CaptureFixture[str]) -> None:
-        report = build(life, "smoke")
+        report = build(life, "smoke", jobs=2)
         assert report.ran == ["demo/sizes", "demo/words"]
         assert (report.failed, report.missing, report.built) == ({}, [], True)
         assert "[1/2] demo/sizes (not run yet)" in capfd.readouterr().err
@@ -446,29 +482,30 @@ class TestBuild:
         (life.book / "intro.md").write_text(intro, encoding="utf-8")
 
     def test_terminated_build_goes_on(self, life: Project) -> None:
-        words = life.notebooks()[1]
-        write_notebook(
-            words.source,
-            [("md", "# Words"), ("parameters", "times = 1"), ("code", "import time\n\ntime.sleep(600)")],
-        )
-        sizes = life.notebooks()[0]
+        sizes, words = life.notebooks()
+        told_pid = life.work / "pid"
+        sleep = "import os\nimport time\nfrom pathlib import Path\n\n"
+        sleep += f"Path({str(told_pid)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
+        write_notebook(words.source, [("md", "# Words"), ("parameters", "times = 1"), ("code", sleep)])
         sizes.stamp.unlink()
         before = words.page.read_bytes()
         environment = {**os.environ, "KVREPRO_ROOT": str(life.root), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "kvrepro", "build", "--profile", "quick"]
+        command = [sys.executable, "-m", "kvrepro", "build", "--profile", "quick", "--jobs", "2"]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
-        for line in process.stderr:
-            if "demo/words" in line:
-                break
-        time.sleep(1)
+        told = itertools.takewhile(lambda line: "demo/sizes: done" not in line, process.stderr)
+        assert any("demo/words (" in line for line in list(told))  # it runs beside the other
+        while not (told_pid.exists() and told_pid.read_text()):
+            time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert "stopped" in process.stderr.read()
         assert process.wait(timeout=60) == 130
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(told_pid.read_text()), 0)  # its kernel is gone
         assert words.page.read_bytes() == before
         write_notebook(words.source, [("md", "# Words"), ("parameters", "times = 1"), ("code", "print('back')")])
         report = build(life, "quick")
-        assert report.ran == ["demo/words"]  # the first one was finished before the signal
+        assert report.ran == ["demo/words"]  # the other one was finished before the signal
         assert report.failed == {}
 
     def test_two_builds_at_once(self, life: Project) -> None:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from kvrepro import fingerprint as code
 from kvrepro import provenance, records
-from kvrepro.records import COLUMNS, Cell, Record, Skip, Store, StoreError, Value
+from kvrepro.records import COLUMNS, Cell, Record, Skip, Store, StoreError, TimesLater, Value
 
 
 def make_cell(**changes: Any) -> Cell:
@@ -239,6 +239,21 @@ def test_an_unknown_method_is_refused_before_running(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weightedkv"):
         Store(tmp_path).measure(make_cell(method="weihgtedkv"), run)
     assert run.runs == 0
+
+
+def test_times_can_be_put_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, value, seconds = Store(tmp_path), Counted(Value(1.0)), Counted(Value(2.0))
+    time = make_cell(params={"hardware": "a machine"})
+    monkeypatch.setenv("KVREPRO_TIMES", "later")
+    with pytest.raises(TimesLater, match="h2o budget=64"):
+        store.sweep([(make_cell(), value), (time, seconds)], "sizes")
+    assert (value.runs, seconds.runs) == (1, 0)
+    monkeypatch.delenv("KVREPRO_TIMES")
+    found = store.sweep([(make_cell(), value), (time, seconds)], "sizes")
+    assert [record.value.value for record in found] == [1.0, 2.0]
+    monkeypatch.setenv("KVREPRO_TIMES", "later")
+    store.measure(time, seconds)  # it is stored
+    assert (value.runs, seconds.runs) == (1, 1)
 
 
 # --- sweeps and tables

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,11 +19,12 @@ import nbformat
 
 from kvrepro import executors
 from kvrepro.book.checks import check_profile_runs, default_profile
-from kvrepro.book.execute import Outcome, downloads, execute
+from kvrepro.book.execute import Kernels, Outcome, downloads, execute
 from kvrepro.book.files import locked, write_text
 from kvrepro.book.parameters import check, defaults
 from kvrepro.book.progress import Reporter, duration
 from kvrepro.book.project import BookError, Notebook, Project, check_profile
+from kvrepro.book.schedule import Run, default_jobs, plan, run_together
 from kvrepro.book.site import build_site, check_toc, stage
 from kvrepro.book.stamps import Sources, Stamp, count_statuses, plain, source_hash, why
 from kvrepro.records import write_records
@@ -70,7 +72,13 @@ class _Task:
 
 
 def build(
-    project: Project, profile: str | None = None, names: Sequence[str] = (), *, force: bool = False, site: bool = True
+    project: Project,
+    profile: str | None = None,
+    names: Sequence[str] = (),
+    *,
+    force: bool = False,
+    site: bool = True,
+    jobs: int | None = None,
 ) -> Report:
     """Run the notebooks whose pages no longer hold, then build the pages when something they show changed.
 
@@ -80,6 +88,8 @@ def build(
         names: only these notebooks; the other pages stay as they are.
         force: run the notebooks although their pages still hold.
         site: build the pages afterwards.
+        jobs: notebooks that run at a time, each in a process of its own; by default as many as this machine takes
+            (:func:`kvrepro.book.schedule.default_jobs`). Those whose times others would disturb run alone in any case.
 
     Returns:
         What was done. Notebooks that failed are in ``failed``: their pages show how.
@@ -99,7 +109,7 @@ def build(
         executors.check()
         check_profile_runs(profile, [task.all_parameters() for task in tasks])
     with locked(project.work / "build.lock"), _terminable():
-        _run_all(project, tasks, profile, sources)
+        _run_all(project, tasks, profile, sources, jobs or default_jobs())
         missing = stage(project, every, sources)
         failed = {notebook.name: reason for notebook in every if (reason := _failure(notebook))}
         built = site and build_site(project, strict=not failed and not missing)
@@ -159,16 +169,30 @@ def _tasks(chosen: Sequence[Notebook], profile: str, sources: Sources, force: bo
     return tasks
 
 
-def _run_all(project: Project, tasks: Sequence[_Task], profile: str, sources: Sources) -> None:
-    known = {task.notebook.name: seconds for task in tasks if (seconds := task.expected(profile)) is not None}
-    with Reporter([task.notebook.name for task in tasks], known) as reporter:
-        for task in tasks:
-            with reporter.running(task.notebook.name, task.why):
-                outcome = execute(project, task.notebook, task.parameters, reporter.feed)
-                keep(task.notebook, task.parameters, outcome, profile, sources)
-            failure = _failure(task.notebook)
+def _run_all(project: Project, tasks: Sequence[_Task], profile: str, sources: Sources, jobs: int = 1) -> None:
+    """Run notebooks and keep what comes of each as soon as it is done."""
+    by_name = {task.notebook.name: task for task in tasks}
+    known = {name: seconds for name, task in by_name.items() if (seconds := task.expected(profile)) is not None}
+    rounds = plan([task.notebook for task in tasks], known, jobs)
+    kernels = Kernels()
+
+    with Reporter(rounds, known) as reporter:
+
+        def carry_out(run: Run, threads: int | None) -> None:
+            task = by_name[run.notebook]
+            options = {"threads": threads, "kernels": kernels, "times": run.times}
+            with reporter.running(run, task.why) as feed:
+                outcome = execute(project, task.notebook, task.parameters, feed, **options)
+                if kernels.killed:
+                    return  # it did not fail by itself: the next build runs it again
+                if run.times:
+                    keep(task.notebook, task.parameters, outcome, profile, sources)
+            failure = _failure(task.notebook) if run.times else ""  # an error before the times comes again
             took = duration(outcome.seconds)
-            reporter.say(f"      FAILED after {took}: {failure}" if failure else f"      done in {took}")
+            reporter.say(f"      {run}: {f'FAILED after {took}: {failure}' if failure else f'done in {took}'}")
+
+        for each in rounds:
+            run_together(each.runs, partial(carry_out, threads=each.threads), each.jobs, kernels.kill)
 
 
 def keep(notebook: Notebook, parameters: Mapping[str, Any], outcome: Outcome, profile: str, sources: Sources) -> None:
@@ -215,7 +239,7 @@ def _failure(notebook: Notebook) -> str:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Make a termination signal end a build as Ctrl-C does, with the kernel shut down."""
+    """Make a termination signal end a build as Ctrl-C does, with the kernels killed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

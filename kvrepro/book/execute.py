@@ -1,7 +1,8 @@
-"""Run one notebook through papermill with this interpreter, and leave a clean page."""
+"""Run notebooks through papermill with this interpreter, also several at a time, and leave clean pages."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -18,6 +19,8 @@ from typing import Any
 
 import nbformat
 import papermill
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
@@ -26,6 +29,8 @@ from kvrepro.book.project import Notebook, Project
 from kvrepro.records import Record, read_records
 
 _KERNEL = "python3"
+_COMMAND = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--HistoryManager.enabled=False"]
+_COMMAND.append("--log-level=50")  # its remarks on encryption are not about us
 _EXPORT = "kvrepro-export"
 _NOTE = "kvrepro-note"
 _PROGRESS_BAR = re.compile(r"[^\r\n]*\r|[^\r\n]*\|[^\r\n]*\[[^\r\n]*(?:it/s|s/it|<)[^\r\n]*\][^\r\n]*\n?")
@@ -50,7 +55,55 @@ class Outcome:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
-def execute(project: Project, notebook: Notebook, parameters: Mapping[str, Any], progress: Path | None) -> Outcome:
+class Kernels:
+    """The kernels that were started, so that one thread can end what others wait for.
+
+    Attributes:
+        killed: whether :meth:`kill` was called; a kernel that is started later ends at once.
+    """
+
+    def __init__(self) -> None:
+        """None yet."""
+        self.killed = False
+        self._managers: list[AsyncKernelManager] = []
+
+    def manager(self, environment: Mapping[str, str]) -> type[AsyncKernelManager]:
+        """What starts one kernel: of this very interpreter, whatever kernels the user has installed.
+
+        Args:
+            environment: variables that the kernel has beside those of this process.
+        """
+        kernels = self
+
+        class Manager(AsyncKernelManager):
+            kernel_spec = KernelSpec(argv=_COMMAND, env=dict(environment), display_name="Python 3", language="python")
+
+            async def start_kernel(self, **options: Any) -> None:
+                kernels._managers.append(self)
+                await super().start_kernel(**options)
+                if kernels.killed:
+                    await self.provisioner.kill()
+
+        return Manager
+
+    def kill(self) -> None:
+        """Kill all that run: whoever waits for one of them learns that it died."""
+        self.killed = True
+        for manager in self._managers:
+            if manager.provisioner is not None:
+                asyncio.run(manager.provisioner.kill())
+
+
+def execute(
+    project: Project,
+    notebook: Notebook,
+    parameters: Mapping[str, Any],
+    progress: Path | None = None,
+    *,
+    threads: int | None = None,
+    kernels: Kernels | None = None,
+    times: bool = True,
+) -> Outcome:
     """Run a notebook in a kernel of this interpreter, from the project's root.
 
     Args:
@@ -58,6 +111,9 @@ def execute(project: Project, notebook: Notebook, parameters: Mapping[str, Any],
         notebook: which one.
         parameters: what differs from the parameters cell; checked before.
         progress: file that sweeps append their progress to, see ``kvrepro.records.Store.sweep``.
+        threads: threads that torch may use; None for as many as it takes by itself.
+        kernels: where its kernel can be ended from another thread.
+        times: whether times are measured; otherwise it ends at the first that is not stored, with ``TimesLater``.
 
     Returns:
         The outcome; an error inside the notebook is part of it and not raised.
@@ -66,9 +122,9 @@ def execute(project: Project, notebook: Notebook, parameters: Mapping[str, Any],
         scratch = Path(folder)
         before, after = scratch / "before.ipynb", scratch / "after.ipynb"
         nbformat.write(_with_export(nbformat.read(notebook.source, as_version=4), scratch), before)
+        manager = (kernels or Kernels()).manager(_kernel_environment(scratch, progress, threads, times))
         started = time.perf_counter()
-        with _kernel_environment(scratch, progress):
-            failure = _papermill(before, after, parameters, project.root)
+        failure = _papermill(before, after, parameters, project.root, manager)
         seconds = time.perf_counter() - started
         ran = nbformat.read(after if after.is_file() else before, as_version=4)
         records_file, environment_file = scratch / "records.jsonl", scratch / "environment.json"
@@ -81,10 +137,12 @@ def execute(project: Project, notebook: Notebook, parameters: Mapping[str, Any],
         )
 
 
-def _papermill(before: Path, after: Path, parameters: Mapping[str, Any], root: Path) -> str:
+def _papermill(
+    before: Path, after: Path, parameters: Mapping[str, Any], root: Path, manager: type[AsyncKernelManager]
+) -> str:
     """Kind and message of what stopped the notebook, or nothing."""
-    # It warns of parameters cells that it cannot read; kvrepro.book.parameters has read and checked them before.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    # It warns of parameters cells that it cannot read, which kvrepro.book.parameters has checked, and of dead kernels.
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     try:
         papermill.execute_notebook(
             before,
@@ -93,29 +151,24 @@ def _papermill(before: Path, after: Path, parameters: Mapping[str, Any], root: P
             kernel_name=_KERNEL,
             language="python",
             progress_bar=False,
-            cwd=root,
             start_timeout=300,
             autosave_cell_every=0,
+            kernel_manager_class=manager,
+            resources={"metadata": {"path": str(root)}},  # not cwd=: it moves this whole process, other threads too
         )
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue}".strip(": ")
     except DeadKernelError:
         return "the kernel died, as it does when the machine runs out of memory"
+    except RuntimeError as error:
+        return f"the kernel could not be used: {error}"
     return ""
 
 
-@contextmanager
-def _kernel_environment(scratch: Path, progress: Path | None) -> Iterator[None]:
-    """Environment of the kernel: a spec that starts this very interpreter, whatever kernels the user has installed."""
-    folder = scratch / "jupyter" / "kernels" / _KERNEL
-    folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--HistoryManager.enabled=False"]
-    command.append("--log-level=50")  # its remarks on encryption are not about us
-    spec = {"argv": command, "display_name": "Python 3", "language": "python"}
-    (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+def _kernel_environment(scratch: Path, progress: Path | None, threads: int | None, times: bool) -> dict[str, str]:
+    """What a kernel's environment has beside this process's."""
     package = str(Path(__file__).resolve().parents[2])
     changes = {
-        "JUPYTER_PATH": os.pathsep.join(filter(None, [str(scratch / "jupyter"), os.environ.get("JUPYTER_PATH")])),
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
         "IPYTHONDIR": str(scratch / "ipython"),  # no start-up files of the user's
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
@@ -126,10 +179,13 @@ def _kernel_environment(scratch: Path, progress: Path | None) -> Iterator[None]:
     }
     if progress is not None:
         changes["KVREPRO_PROGRESS"] = str(progress)
+    if not times:
+        changes["KVREPRO_TIMES"] = "later"
+    if threads is not None:
+        changes["OMP_NUM_THREADS"] = str(threads)
     if results := os.environ.get("KVREPRO_RESULTS"):
         changes["KVREPRO_RESULTS"] = str(Path(results).resolve())
-    with environment(changes):
-        yield
+    return changes
 
 
 @contextmanager

@@ -217,7 +217,7 @@ def _made_with(project: Project, stamps: Sequence[Stamp]) -> str:
         ["machine", f"{provenance.cpu_name()}, {os.cpu_count()} CPU cores, {_memory_gib():.0f} GiB"],
         ["device", ", ".join(sorted({stamp.environment.get("device", "unknown") for stamp in stamps})) or "none yet"],
         ["versions", versions or "unknown"],
-        ["run time of all notebooks", duration(sum(stamp.seconds for stamp in stamps))],
+        ["run times of the notebooks, added up", duration(sum(stamp.seconds for stamp in stamps))],
     ]
     return markdown_table(["What", "This copy"], rows)
 

@@ -39,9 +39,11 @@ class Notebook:
         profiles: parameters that differ from the parameters cell, by profile.
         source: the notebook as it is written.
         page: the notebook as it was run, a page of the book.
-        expected: seconds a run takes on two CPU cores, by profile, where that is known: for the time left, before a
-            first run here tells better.
+        expected: seconds a run takes on two CPU cores with two at a time, by profile, where that is known: for the
+            order and the time left, before a first run here tells better.
         twin: whether ``results/published`` keeps its page; not of one that shows what is published itself.
+        alone: what of it nothing may run beside, because times are measured: ``whole``, or only the ``times``, when
+            other values take long too; empty for nothing.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Notebook:
     page: Path = field(repr=False)
     expected: Mapping[str, float] = field(default_factory=dict, repr=False)
     twin: bool = True
+    alone: str = ""
 
     @property
     def stamp(self) -> Path:
@@ -162,6 +165,7 @@ class Project:
             page=self.pages / f"{name}.ipynb",
             expected=dict(entry.get("seconds") or {}),
             twin=bool(entry.get("twin", True)),
+            alone=entry.get("alone", ""),
         )
         if not notebook.source.is_file():
             raise BookError(f"{self.index} lists {name}, but there is no {notebook.source}")
@@ -192,6 +196,8 @@ def _entry_problem(entry: Any) -> str | None:
         return f"{entry['name']}: profiles must map a profile's name to parameters"
     if unknown := sorted(set(entry["profiles"]) - set(PROFILES)):
         return f"{entry['name']}: unknown profile {', '.join(unknown)}; there are {', '.join(PROFILES)}"
+    if entry.get("alone", "") not in ("", "whole", "times"):
+        return f"{entry['name']}: alone is whole or times, not {entry['alone']!r}"
     return None
 
 

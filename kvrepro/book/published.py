@@ -122,7 +122,7 @@ def draw(project: Project, names: Sequence[str]) -> list[str]:
             for path in folder(project).glob("*.jsonl"):
                 shutil.copy(path, results)
             with environment({"KVREPRO_RESULTS": results, VARIABLE: STORED}):
-                outcome = execute(project, notebook, parameters, None)
+                outcome = execute(project, notebook, parameters)
         if outcome.failure or outcome.environment.get("dirty"):
             raise BookError(f"{notebook.name} is not drawn: {outcome.failure or 'commit the changes first'}")
         keep_page(target, parameters, outcome, PROFILE, sources)
