@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: one thread, records in the test's own folder, the embedded model once a session."""
+"""Fixtures shared by all tests: one thread, records in the test's folder, Triton's interpreter, one embedded model."""
 
 from __future__ import annotations
 
