@@ -57,6 +57,16 @@ def mended_interpreter() -> Iterator[None]:
         if version < Version("3.4"):
             # A constant truth value has no type: triton-lang/triton#6200, mended by #6058.
             patch.setattr(interpreter.InterpreterBuilder, "get_int1_ty", lambda _: interpreter.tl.int1, raising=False)
+        if version >= Version("3.9"):
+            # A comparison keeps the name of the type compared, and so a number's becomes a tile of int32. Triton 3.9 is
+            # the first version that refuses it as a mask.
+            splat = interpreter.InterpreterBuilder.create_splat
+
+            def splat_truth(self: Any, shape: Any, arg: Any) -> Any:
+                truth = arg.data.dtype == np.bool_
+                return splat(self, shape, interpreter.TensorHandle(arg.data, interpreter.tl.int1) if truth else arg)
+
+            patch.setattr(interpreter.InterpreterBuilder, "create_splat", splat_truth)
         yield
 
 
