@@ -1,16 +1,19 @@
-"""Fixtures shared by all tests: one thread, records in the test's own folder, the embedded model once a session."""
+"""Fixtures shared by all tests: one thread, records in the test's folder, Triton's interpreter, one embedded model."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Kernels run in Triton's interpreter, which needs no GPU; it must be told before torch imports Triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 _PRIVATE = ("KVREPRO_DATA_DIR", "KVREPRO_EXECUTOR", "KVREPRO_PROGRESS", "KVREPRO_STRICT", "KVREPRO_TIMES")
@@ -31,6 +34,40 @@ def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVREPRO_RESULTS", str(tmp_path / "results"))
     for variable in _PRIVATE:
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture(scope="session")
+def mended_interpreter() -> Iterator[None]:
+    """Triton's interpreter with what its later versions mended; kernels that are compiled never meet these errors."""
+    triton = pytest.importorskip("triton")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    version = Version(triton.__version__)
+    with pytest.MonkeyPatch.context() as patch:
+        if version < Version("3.3"):
+            # NumPy makes sums, scans and places of int32 int64. Triton 3.2 calls them int32 and leaves them 64 bits
+            # wide, so that storing them overwrites the number behind as well: triton-lang/triton#6281. Mended by #5447
+            # in ReduceScanOpInterface.to_tensor, as it is spelt since.
+            misspelt = interpreter.ReduceScanOpIneterface
+            to_tensor = misspelt.to_tensor
+
+            def narrowed(self: Any, ret: Any, dtype: Any) -> Any:
+                return to_tensor(self, np.asarray(ret).astype(interpreter._get_np_dtype(dtype)), dtype)
+
+            patch.setattr(misspelt, "to_tensor", narrowed)
+        if version < Version("3.4"):
+            # A constant truth value has no type: triton-lang/triton#6200, mended by #6058.
+            patch.setattr(interpreter.InterpreterBuilder, "get_int1_ty", lambda _: interpreter.tl.int1, raising=False)
+        if version >= Version("3.9"):
+            # A comparison keeps the name of the type compared, and so a number's becomes a tile of int32. Triton 3.9 is
+            # the first version that refuses it as a mask.
+            splat = interpreter.InterpreterBuilder.create_splat
+
+            def splat_truth(self: Any, shape: Any, arg: Any) -> Any:
+                truth = arg.data.dtype == np.bool_
+                return splat(self, shape, interpreter.TensorHandle(arg.data, interpreter.tl.int1) if truth else arg)
+
+            patch.setattr(interpreter.InterpreterBuilder, "create_splat", splat_truth)
+        yield
 
 
 @pytest.fixture(scope="session")

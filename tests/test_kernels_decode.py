@@ -16,14 +16,10 @@ from kvrepro.methods.base import StepRule
 from kvrepro.rope import Rotation
 from kvrepro.slots import Slots
 
-interpreter = pytest.importorskip("triton.runtime.interpreter")
 decode = pytest.importorskip("kvrepro.kernels.decode")
 
-#: A kernel without scores joins a constant truth value with a tensor's. Triton compiles that in every version.
-UNSCORED = pytest.mark.skipif(
-    not hasattr(interpreter.InterpreterBuilder, "get_int1_ty"),
-    reason="this version's interpreter (Triton 3.2's) has no type for a constant truth value",
-)
+pytestmark = pytest.mark.usefixtures("mended_interpreter")
+
 RULES = {
     "full": StepRule("none"),
     "streaming_llm": StepRule("age", sinks=2, recent=19),
@@ -89,7 +85,7 @@ def tokens(slots: static.StaticSlots, group: int) -> tuple[Tensor, Tensor, Tenso
 
 
 @pytest.mark.parametrize("turns", [False, True])
-@pytest.mark.parametrize("name", [pytest.param("full", marks=UNSCORED), *(name for name in RULES if name != "full")])
+@pytest.mark.parametrize("name", RULES)
 def test_kernel_keeps_the_same_slots_as_its_twin(name: str, turns: bool) -> None:
     torch.manual_seed(len(name))
     exact = dataclasses.replace(storage(RULES[name]), turns=turns)
@@ -111,7 +107,6 @@ def test_kernel_keeps_the_same_slots_as_its_twin(name: str, turns: bool) -> None
         torch.testing.assert_close(a.stats["mass"], b.stats["mass"], rtol=1e-4, atol=1e-5)
 
 
-@UNSCORED
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("case", APPENDING)
 def test_appending_with_bias_and_positions_by_tokens(case: str, softcap: float | None) -> None:

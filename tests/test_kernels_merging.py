@@ -19,6 +19,8 @@ from kvrepro.slots import Slots
 merging = pytest.importorskip("kvrepro.kernels.merging")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 
+pytestmark = pytest.mark.usefixtures("mended_interpreter")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 45), (128, 70), (256, 33)]  # head size, slots
 

@@ -21,6 +21,8 @@ from kvrepro.slots import Slots, partition
 prefill = pytest.importorskip("kvrepro.kernels.prefill")
 pairs_kernel = pytest.importorskip("kvrepro.kernels.pairs")
 
+pytestmark = pytest.mark.usefixtures("mended_interpreter")
+
 #: Head size, query heads a KV head, queries, slots, cap.
 SHAPES = [(64, 1, 37, 90, None), (128, 8, 70, 70, 2.0), (256, 3, 5, 200, None), (16, 2, 33, 33, None)]
 
