@@ -40,7 +40,7 @@ def main(counts: Sequence[int], device: str, passages: int, cells: int) -> None:
         sys.exit(f"a worker needs a GPU of its own, and this machine has {gpus}")
     hourly(1, device, passages, cells)
     first = None
-    for count in counts or (1, gpus):
+    for count in counts or (1, max(2, gpus)):
         rate = hourly(count, device, passages, cells)
         first = first or rate
         print(f"{count} workers: {rate:.0f} cells an hour, {rate / first:.2f} times", flush=True)
