@@ -29,6 +29,10 @@ class AttentionMatching(Method):
     cannot be fitted, or whose fit is no better on held-out queries, keeps its slots as they are (plain eviction).
     `slots.state["fallbacks"]` counts these for each head.
 
+    Ours: a share of the slots, `newest`, goes to what the newest query attends to, the same in all heads, because a
+    text's own queries do not ask for what a question at its end asks for; and the ridge on a slot's value is divided by
+    (1 - peak)^2, its peak being the highest attention that a reference query gives it.
+
     The paper's reference queries are those of the context read twice, or of questions that the model asks itself. Both
     need further passes of the model, which a method here does not have: they are those of the tokens just read, moved
     to future positions. While decoding they are the last `window` queries.
