@@ -3,8 +3,8 @@
 Run from the repository's root on a machine with two GPUs: ``python -m benchmarks.check_devices``. The model has the
 shape of Llama-2-13B and random weights; accelerate puts the layers where they go, as ``device_map="auto"`` does. It
 runs in float32 (52 GB of weights): in bfloat16 the likeliest tokens of random weights are so close that the two ways to
-write already differ on one GPU. The rotary embedding is put on the first GPU: ``make_cache`` checks it by a kernel that
-is launched there.
+write already differ on one GPU. The rotary embedding is put on the first GPU, because ``make_cache`` checks it
+by a kernel that, it seems, is launched there.
 """
 
 from __future__ import annotations
