@@ -194,16 +194,11 @@ def rebuilt_tolerance(published: Record) -> float:
     return max(share * abs(value), min(REBUILT_ERROR * error, COARSE_RTOL * abs(value)), REBUILT_ATOL)
 
 
-def is_time(record: Record) -> bool:
-    """Whether the value is of one machine: such cells name their hardware."""
-    return record.cell.is_time
-
-
 def _incomparable(record: Record) -> tuple[str, str]:
     """Kind and reason for a record that is never compared, or empty texts."""
     if record.status != "ok":
         return "not measured", f"{record.status}: {record.reason}"
-    if is_time(record):
+    if record.cell.is_time:
         return "a time", "times and speeds depend on the machine"
     if record.value.value is None:
         return "no single number", "the result is an array"

@@ -16,7 +16,6 @@ from kvrepro.compare import (
     Apart,
     Pair,
     Rebuilt,
-    is_time,
     rebuilt,
 )
 from kvrepro.ledger import current
@@ -191,4 +190,4 @@ def _name(record: Record, varying: set[str]) -> str:
 
 def comparable(record: Record) -> bool:
     """Whether another machine can be held to this value: finished, a number, and no time."""
-    return record.status == "ok" and record.value.value is not None and not is_time(record)
+    return record.status == "ok" and record.value.value is not None and not record.cell.is_time
