@@ -400,7 +400,7 @@ class Decoder:
         self._newest = layers[0].row_tokens.clone()
         self._mask = torch.ones(self._newest.shape[0], 1, 1, 1, dtype=torch.bool, device=self._newest.device)
         self._read = attention_mask
-        self._whole = len(layers) == len(cache.layers) and not on_several_devices(layers)
+        self._whole = len(layers) == len(cache.layers) and not on_several_devices(model)
         self._forget()
         self.replayed = self.replayed_due = 0
         self._held = [_hold(x, self._newest, room) if self._whole else _Plain(x) for x in layers]
