@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from kvrepro.adapter import redirected
+from kvrepro.adapter import cache_arguments, redirected
 from kvrepro.cache import CompressedCache, CompressedLayer
 from kvrepro.compiled import compiled
 from kvrepro.evaluate import prefill
@@ -461,9 +461,8 @@ class Decoder:
             input_ids=tokens,
             position_ids=places,
             attention_mask=self._read,
-            past_key_values=self._cache,
-            use_cache=True,
             logits_to_keep=1,
+            **cache_arguments(self._model, self._cache),
         )
 
     def run(
