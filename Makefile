@@ -16,7 +16,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist loadfile
 
 # What of them needs the package's dependencies alone, and no tool of the book.
 LIBRARY := $(wildcard tests/test_cache_*.py tests/test_kernels_*.py tests/test_methods_*.py) \
-	$(patsubst %,tests/test_%.py,assets decode fit fixed models package records tasks texts tools)
+	$(patsubst %,tests/test_%.py,assets decode devices fit fixed models package records tasks texts tools)
 
 PY := $(VENV)/bin/python
 KVREPRO := $(PY) -m kvrepro

@@ -1,10 +1,9 @@
-"""Whether a model whose layers lie on two GPUs writes what it writes on one; for several methods, a line each.
+"""Whether a model on the second of two GPUs, or spread over both, writes what it writes on the first.
 
-Run from the repository's root on a machine with two GPUs: ``python -m benchmarks.check_devices``. The model has the
-shape of Llama-2-13B and random weights; accelerate puts the layers where they go, as ``device_map="auto"`` does. It
-runs in float32 (52 GB of weights): in bfloat16 the likeliest tokens of random weights are so close that the two ways to
-write already differ on one GPU. The rotary embedding is put on the first GPU, because ``make_cache`` checks it
-by a kernel that, it seems, is launched there.
+Run from the repository's root on a machine with two GPUs: ``python -m benchmarks.check_devices``. It prints a line for
+each method and place. The model has the shape of Llama-2-13B and random weights; accelerate puts layers and rotary
+embedding where they go, as ``device_map="auto"`` does. It runs in float32 (52 GB of weights): in bfloat16 the likeliest
+tokens of random weights are so close that the two ways to write already differ on one GPU.
 """
 
 from __future__ import annotations
@@ -39,34 +38,46 @@ def main(shape: str = "llama-2-13b") -> int:
         return 1
     model, _ = kvrepro.load_model(shape, weights="random", device="cuda:0", dtype=torch.float32)
     ids = torch.randint(model.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to("cuda:0")
-    alone = [written(model, ids, *case) for case in CASES]
-    on_two(model)
-    print(f"{shape} on one GPU, then layers on {sorted({str(p.device) for p in model.parameters()})}")
-    failed = 0
-    for (name, options), expected in zip(CASES, alone, strict=True):
-        start = time.perf_counter()
-        found = written(model, ids, name, options)
-        said = "ok" if found == expected else f"FAILED {found} where one GPU has {expected}"
-        failed += not said.startswith("ok")
-        print(f"{name} {options}: {said} ({time.perf_counter() - start:.1f} s)", flush=True)
+    first = [written(model, ids, *case) for case in CASES]
+    failed = compared(model.to("cuda:1"), ids, first)
+    spread(model)
+    failed += compared(model, ids, first)
     print(f"{failed} failed")
     return failed
 
 
-def on_two(model: PreTrainedModel) -> None:
+def compared(model: PreTrainedModel, ids: torch.Tensor, first: list[tuple[list[int], ...] | str]) -> int:
+    """Print whether the model, where it lies now, writes what it wrote on the first GPU; returns how often it does not.
+
+    What went wrong on the first GPU fails here too: errors are no tokens.
+    """
+    places = sorted({str(weight.device) for weight in model.parameters()})
+    print(f"weights on {', '.join(places)}; the current device is cuda:{torch.cuda.current_device()}")
+    failed = 0
+    for (name, options), expected in zip(CASES, first, strict=True):
+        start = time.perf_counter()
+        found = written(model, ids, name, options)
+        ok = found == expected and not isinstance(found, str)
+        said = "ok" if ok else f"FAILED {found} where the first GPU has {expected}"
+        failed += not ok
+        print(f"{name} {options}: {said} ({time.perf_counter() - start:.1f} s)", flush=True)
+    return failed
+
+
+def spread(model: PreTrainedModel) -> None:
     """Spread the model over both GPUs."""
     from accelerate import dispatch_model, infer_auto_device_map
 
     half = sum(p.numel() * p.element_size() for p in model.parameters()) * 55 // 100
     apart = infer_auto_device_map(model, {0: half, 1: 2 * half}, no_split_module_classes=model._no_split_modules)
-    apart["model.rotary_emb"] = 0
-    dispatch_model(model, apart, skip_keys="past_key_values")
+    dispatch_model(model, apart, skip_keys=model._skip_keys_device_placement)
 
 
 def written(
     model: PreTrainedModel, ids: torch.Tensor, name: str, options: dict[str, Any]
 ) -> tuple[list[int], ...] | str:
     """The tokens that `model.generate` and the package's own `generate` write, or what stopped them."""
+    ids = ids.to(model.device)
     try:
         tokens = []
         for own in (False, True):

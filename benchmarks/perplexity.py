@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import kvrepro
+from kvrepro.adapter import cache_arguments
 from kvrepro.decode import Decoder
 
 
@@ -78,11 +79,11 @@ def plain_loop(model: PreTrainedModel, window: Tensor, steps: int, method: str, 
     steps = min(steps, len(window) - budget - 4)
     kvrepro.prefill(model, window[None, :budget], cache)
     for t in range(budget, budget + 3):
-        model(window[None, t : t + 1], past_key_values=cache, use_cache=True)
+        model(window[None, t : t + 1], **cache_arguments(model, cache))
     wait(model)
     start = time.perf_counter()
     for t in range(budget + 3, budget + 3 + steps):
-        model(window[None, t : t + 1], past_key_values=cache, use_cache=True)
+        model(window[None, t : t + 1], **cache_arguments(model, cache))
     wait(model)
     return steps / (time.perf_counter() - start)
 

@@ -7,6 +7,8 @@ compressed layer is recognised by the key tensor it returned. No model file is f
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -173,17 +176,47 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
 
     Raises:
-        ValueError: the model's family does not use transformers' attention interface.
+        ValueError: the model's family does not use transformers' attention interface, or takes no cache.
     """
     if not isinstance(model, PreTrainedModel) or not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
             f"{type(model).__name__} does not use transformers' attention interface, its cache cannot be compressed; "
             "use a family that does, such as Llama, Mistral, Qwen2, Qwen3 or Gemma 3"
         )
+    cache_keyword(model)
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_function)
     model.set_attn_implementation(NAME)
     return model
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """What a model calls its cache: `cache` since transformers 5.24, `past_key_values` before and in older model code.
+
+    A keyword that a model does not know is ignored without an error, and the cache stays empty.
+
+    Raises:
+        ValueError: the model takes no cache by a name that is known here.
+    """
+    return _cache_keyword(type(model))
+
+
+@functools.cache
+def _cache_keyword(kind: type[PreTrainedModel]) -> str:
+    """`cache_keyword` of a class of models."""
+    known = inspect.signature(kind.forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in known:
+            return name
+    raise ValueError(
+        f"{kind.__name__} takes neither cache nor past_key_values, so that no cache reaches it; use a decoder, such as "
+        "AutoModelForCausalLM loads"
+    )
+
+
+def cache_arguments(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
+    """The keyword arguments with which a model reads tokens into a cache, for `model(input_ids, **arguments)`."""
+    return {cache_keyword(model): cache, "use_cache": True}
 
 
 def is_prepared(model: PreTrainedModel) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,13 +218,6 @@ class CompressedLayer(CacheLayerMixin):
         Returns:
             `[B, H_q, n, d_v]`.
         """
-        with _on(query.device):
-            return self._attend(module, query, mask, scale, softcap)
-
-    def _attend(
-        self, module: nn.Module, query: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-    ) -> Tensor:
-        """`attend`, on the layer's own device."""
         keys, values = self._arrived
         self._arrived = None
         if self.record is not None:
@@ -263,8 +255,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def compress(self, step: Step) -> None:
         """Bring the slots to the budget."""
-        with _on(self.slots.keys.device):
-            self.slots = self.method.compress(self.slots, self.budget, step)
+        self.slots = self.method.compress(self.slots, self.budget, step)
         self._since = 0
         if self.method.bounded and self.slots.size > self.budget:
             raise RuntimeError(f"{self.method.name} left {self.slots.size} slots with a budget of {self.budget}")
@@ -371,8 +362,7 @@ class GradientProbe:
         gradients = torch.nn.functional.pad(gradient, (0, 0, 0, n))
         step = dataclasses.replace(self._step, gradients=gradients)
         method = dataclasses.replace(layer.method, sinks=layer.method.sinks_of(layer.budget), recent=n)
-        with _on(gradient.device):
-            slots = method.compress(self._slots, layer.budget, step)
+        slots = method.compress(self._slots, layer.budget, step)
         past = torch.arange(slots.size - n, device=gradient.device)
         layer.slots = slots.map(lambda x: x.index_select(2, past) if x.dim() > 2 else x)
 
@@ -542,11 +532,6 @@ def make_cache(
 def slots_of(budget: int | float, prompt: int) -> int:
     """Slots a head for a budget given as slots or as a share of a prompt of `prompt` tokens (rounded up)."""
     return budget if isinstance(budget, int) else math.ceil(budget * prompt)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels are launched on this device inside: a model's layers may lie on several."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _check_budget(budget: int | float | None) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from kvrepro.adapter import redirected
+from kvrepro.adapter import cache_arguments, redirected
 from kvrepro.cache import CompressedCache, CompressedLayer
 from kvrepro.compiled import compiled
 from kvrepro.evaluate import prefill
@@ -400,7 +400,7 @@ class Decoder:
         self._newest = layers[0].row_tokens.clone()
         self._mask = torch.ones(self._newest.shape[0], 1, 1, 1, dtype=torch.bool, device=self._newest.device)
         self._read = attention_mask
-        self._whole = len(layers) == len(cache.layers) and not on_several_devices(layers)
+        self._whole = len(layers) == len(cache.layers) and not on_several_devices(model)
         self._forget()
         self.replayed = self.replayed_due = 0
         self._held = [_hold(x, self._newest, room) if self._whole else _Plain(x) for x in layers]
@@ -461,9 +461,8 @@ class Decoder:
             input_ids=tokens,
             position_ids=places,
             attention_mask=self._read,
-            past_key_values=self._cache,
-            use_cache=True,
             logits_to_keep=1,
+            **cache_arguments(self._model, self._cache),
         )
 
     def run(

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kvrepro.adapter import cache_arguments, cache_keyword
 from kvrepro.cache import CompressedCache, GradientProbe, Pass, make_cache
 from kvrepro.fixed import RepeatedChunk, repeats
 from kvrepro.memory import explained, rows_that_fit
@@ -68,7 +69,7 @@ def prefill(
         if by_loss:
             _compress_by_loss(model, part, cache, seen)
         with torch.no_grad():
-            return model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=keep_logits, **seen)
+            return model(input_ids=part, logits_to_keep=keep_logits, **cache_arguments(model, cache), **seen)
 
     output, graph, full = None, None, False
     with explained(model, cache, input_ids.shape[0], length, chunk):
@@ -77,7 +78,7 @@ def prefill(
             if full and graph is None and start + _WORTH * size <= length and attention_mask is None:
                 graph = RepeatedChunk(cache, lambda ids, places: read(ids, {"position_ids": places}).logits, part)
             if graph is not None and part.shape[1] == size:
-                output = CausalLMOutputWithPast(logits=graph(part), past_key_values=cache)
+                output = CausalLMOutputWithPast(logits=graph(part), **{cache_keyword(model): cache})
                 continue
             full = repeats(model, cache, size)
             output = read(part, _masked(cache, attention_mask, before, start, start + part.shape[1]))
@@ -123,7 +124,7 @@ def _compress_by_loss(model: PreTrainedModel, part: Tensor, cache: CompressedCac
     if layers[0].slots is None or layers[0].slots.size + n <= layers[0].budget or n < 2:
         return
     with _probing(cache) as probes, torch.enable_grad():
-        logits = model(input_ids=part, past_key_values=cache, use_cache=True, **seen).logits
+        logits = model(input_ids=part, **cache_arguments(model, cache), **seen).logits
         target = part[:, 1:] if mask is None else part[:, 1:].masked_fill(mask[:, -n + 1 :] == 0, -100)
         loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten())
         gradients = torch.autograd.grad(loss, [probe.leaf for probe in probes])
@@ -438,5 +439,5 @@ def _continue(model: PreTrainedModel, ids: Tensor, cache: CompressedCache, first
     cache.freeze()
     if ids.shape[1] == context + 1:
         return first
-    rest = model(input_ids=ids[:, context:-1], past_key_values=cache, use_cache=True).logits
+    rest = model(input_ids=ids[:, context:-1], **cache_arguments(model, cache)).logits
     return torch.cat([first, rest], dim=1)

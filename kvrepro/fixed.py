@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvrepro import kernels
 from kvrepro.adapter import unmasked
 from kvrepro.cache import CompressedCache, CompressedLayer
 from kvrepro.slots import Slots
@@ -60,18 +62,18 @@ class FixedLayer:
 
 def repeats(model: PreTrainedModel, cache: CompressedCache, chunk: int) -> bool:
     """Whether reading one more chunk is worth capturing: on a GPU, if it is the work of the one before."""
-    return model.device.type == "cuda" and full_and_steady(cache, chunk)
+    return model.device.type == "cuda" and full_and_steady(cache, chunk) and not on_several_devices(model)
 
 
-def on_several_devices(layers: Sequence[CompressedLayer]) -> bool:
-    """Whether layers that hold slots lie on several devices: no CUDA graph holds a pass through them."""
-    return len({layer.slots.keys.device for layer in layers if layer.slots is not None}) > 1
+def on_several_devices(model: PreTrainedModel) -> bool:
+    """Whether a model's weights lie on several devices: no CUDA graph holds a pass through it."""
+    return len({weight.device for weight in model.parameters()}) > 1
 
 
 def full_and_steady(cache: CompressedCache, chunk: int) -> bool:
     """Whether reading one more chunk of text is the work of the one before, launch for launch."""
     layers = cache.compressed
-    if len(layers) != len(cache.layers) or cache.method.shares_layers or on_several_devices(layers):
+    if len(layers) != len(cache.layers) or cache.method.shares_layers:
         return False
     return all(
         layer.active
@@ -135,6 +137,12 @@ def capture(body: Callable[[], None], device: torch.device) -> Callable[[], None
     if device.type != "cuda":
         return body
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with kernels.on(device), torch.cuda.graph(graph, stream=_stream(device)):
         body()
     return graph.replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where a GPU's graphs are captured: PyTorch's own stream for it lies on the GPU of the process's first capture."""
+    return torch.cuda.Stream(device)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import kvrepro
 from kvrepro import methods, models
+from kvrepro.adapter import cache_arguments, cache_keyword
 from kvrepro.evaluate import score
 
 logger = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ class CompressedLM(HFLM):
         logits = first[rows]  # [R, 1, V]
         read = pad_sequence(targets, batch_first=True)[:, :-1]  # what stands behind a shorter one does not count
         if read.shape[1]:
-            rest = self.model(input_ids=read, past_key_values=cache, use_cache=True).logits
+            rest = self.model(input_ids=read, **cache_arguments(self.model, cache)).logits
             logits = torch.cat([logits, rest], dim=1)
         for row, target in zip(logits, targets, strict=True):
             own = row[: len(target)].float().log_softmax(-1)  # [a, V]
@@ -214,9 +215,8 @@ class CompressedLM(HFLM):
             cache.plan(longest)
             if self._chunk is not None and longest > 1:
                 kvrepro.prefill(self.model, ids[:, :-1], cache, chunk=self._chunk)
-            written = super()._model_generate(
-                ids, max_length - cut, stop, attention_mask=mask, past_key_values=cache, **kwargs
-            )
+            through = {cache_keyword(self.model): cache}
+            written = super()._model_generate(ids, max_length - cut, stop, attention_mask=mask, **through, **kwargs)
             out[rows, cut : cut + written.shape[1]] = written
             end = max(end, cut + written.shape[1])
         return out[:, :end]

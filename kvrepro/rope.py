@@ -8,7 +8,7 @@ turned when they are read, in float32: nothing is lost by turning back and forth
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ class Rotation:
     """
 
     inv_freq: Tensor
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """`inv_freq` on a device, copied there once: a model's layers may lie elsewhere than its rotary embedding."""
+        if device not in self._copies:
+            self._copies[device] = self.inv_freq.to(device)
+        return self._copies[device]
 
     def covers(self, head_dim: int) -> bool:
         """Whether all dimensions of a head are rotated, as the kernels take it."""
@@ -45,9 +52,9 @@ class Rotation:
         if self.covers(keys.shape[-1]) and kernels.covers(keys):
             from kvrepro.kernels import rotation
 
-            return rotation.rotate(keys, shift, self.inv_freq.to(keys.device))
+            return rotation.rotate(keys, shift, self.frequencies(keys.device))
         wide = torch.promote_types(keys.dtype, torch.float32)
-        angle = shift.to(wide).unsqueeze(-1) * self.inv_freq.to(keys.device, wide)  # [B, H, S, d_rot / 2]
+        angle = shift.to(wide).unsqueeze(-1) * self.frequencies(keys.device).to(wide)  # [B, H, S, d_rot / 2]
         half = angle.shape[-1]
         a, b, rest = keys.to(wide).split([half, half, keys.shape[-1] - 2 * half], dim=-1)
         cos, sin = angle.cos(), angle.sin()

@@ -143,7 +143,7 @@ def freeze_shape(
         filled=filled,
         newest=newest,
         done=torch.zeros_like(filled),
-        frequencies=rotation.inv_freq.to(filled.device, torch.float32) if turns else nothing,
+        frequencies=rotation.frequencies(filled.device).float() if turns else nothing,
         rule=rule,
         budget=budget,
         names=names,

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import tiny_model, tokens
 from torch import nn
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 import kvrepro
 from kvrepro import methods
+from kvrepro.adapter import cache_arguments, is_prepared
 
 NAMES = methods.names()
 
@@ -183,6 +184,20 @@ def test_a_model_without_the_attention_interface(what: str) -> None:
             call()
 
 
+def test_a_model_that_takes_no_cache() -> None:
+    """Else the keyword would be ignored, and every number would be the full cache's."""
+
+    class Forgetful(LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            return super().forward(input_ids)
+
+    forgetful = Forgetful(tiny_model().config)
+    for call in (lambda: kvrepro.prepare(forgetful), lambda: kvrepro.make_cache(forgetful, "h2o", 16)):
+        with pytest.raises(ValueError, match="neither cache nor past_key_values.*AutoModelForCausalLM"):
+            call()
+    assert not is_prepared(forgetful)
+
+
 def test_rotary_embeddings_that_cannot_be_undone() -> None:
     """Interleaved pairs: methods that move keys are refused with the way out, the others work."""
     model = tiny_model("cohere", dtype=torch.float32)
@@ -220,7 +235,7 @@ def test_a_cache_made_for_another_model(model: PreTrainedModel, other: dict[str,
     stranger = kvrepro.prepare(tiny_model(**other))
     cache = kvrepro.make_cache(model, "h2o", 16)
     with pytest.raises(ValueError, match="another model.*make_cache"), torch.no_grad():
-        stranger(tokens(1, 20), past_key_values=cache, use_cache=True)
+        stranger(tokens(1, 20), **cache_arguments(stranger, cache))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -231,7 +246,7 @@ def test_a_cache_in_a_model_that_is_not_prepared_any_more(layers: int) -> None:
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match=r"kvrepro\.prepare"), torch.no_grad():
         for _ in range(2):
-            model(tokens(1, 20), past_key_values=cache, use_cache=True)
+            model(tokens(1, 20), **cache_arguments(model, cache))
 
 
 def test_make_cache_prepares_the_model() -> None:
@@ -239,7 +254,7 @@ def test_make_cache_prepares_the_model() -> None:
     model = tiny_model()
     cache = kvrepro.make_cache(model, "weightedkv", 16)
     with torch.no_grad():
-        model(tokens(1, 20), past_key_values=cache, use_cache=True)
+        model(tokens(1, 20), **cache_arguments(model, cache))
     assert cache.get_seq_length() == 20
 
 
@@ -253,14 +268,14 @@ def test_what_a_compressed_cache_refuses(model: PreTrainedModel) -> None:
     fresh = kvrepro.make_cache(model, "h2o", 16)
     mask = torch.ones(1, 1, 20, 25, dtype=torch.bool)
     with pytest.raises(ValueError, match="attention_mask"), torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=fresh, use_cache=True)
+        model(ids, attention_mask=mask, **cache_arguments(model, fresh))
     training = tiny_model()
     training.config.attention_dropout = 0.1
     for layer in training.model.layers:
         layer.self_attn.attention_dropout = 0.1
     training.train()
     with pytest.raises(ValueError, match=r"eval\(\)"):
-        training(ids, past_key_values=kvrepro.make_cache(training, "h2o", 16), use_cache=True)
+        training(ids, **cache_arguments(training, kvrepro.make_cache(training, "h2o", 16)))
 
 
 def test_prefill_without_anything_to_read(idle: PreTrainedModel) -> None:

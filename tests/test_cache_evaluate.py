@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import kvrepro
+from kvrepro.adapter import cache_arguments
 from kvrepro.evaluate import full_reference
 
 WINDOW, STRIDE = 24, 10
@@ -29,7 +30,7 @@ def token_by_token(model: PreTrainedModel, window: Tensor, name: str, budget: in
     cache = kvrepro.make_cache(model, name, budget, **options)
     found = []
     for t in range(len(window) - 1):
-        logits = model(window[None, t : t + 1], past_key_values=cache, use_cache=True).logits[0, -1]
+        logits = model(window[None, t : t + 1], **cache_arguments(model, cache)).logits[0, -1]
         found.append(-torch.log_softmax(logits.double(), -1)[window[t + 1]])
     return torch.stack(found)
 
@@ -111,7 +112,7 @@ def test_fidelity_compresses_once_and_appends(model: PreTrainedModel, name: str,
     assert out.nbytes == cache.nbytes
     cache.freeze()
     with torch.no_grad():
-        rest = model(ids[:, 30:37], past_key_values=cache, use_cache=True).logits
+        rest = model(ids[:, 30:37], **cache_arguments(model, cache)).logits
         full = torch.log_softmax(model(ids[:, :37]).logits[:, 29:].double(), -1)
     found = torch.log_softmax(torch.cat([first, rest], 1).double(), -1)
     assert all(layer.keys.shape[2] == 16 + 7 for layer in cache.compressed)

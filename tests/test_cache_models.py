@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model, tokens
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 import kvrepro
 from kvrepro import methods
+from kvrepro.adapter import cache_arguments, cache_keyword
 from kvrepro.cache import CompressedCache
 
 NAMES = methods.names()
@@ -21,6 +23,44 @@ BOUNDED = [name for name in NAMES if name != "full"]
 #: Methods whose slots lose no token: what is evicted is merged.
 LOSSLESS = ["weightedkv", "kvmerger", "asymkv", "kvslimmer"]
 BUDGET = 16
+#: What the installed transformers calls a model's cache.
+NATIVE = cache_keyword(tiny_model())
+
+
+class Older(LlamaForCausalLM):
+    """A model whose code calls its cache what transformers did before 5.24."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids, **{NATIVE: past_key_values}, **kwargs)
+
+
+class Newer(LlamaForCausalLM):
+    """A model whose code calls its cache what transformers does since 5.24."""
+
+    def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids, **{NATIVE: cache}, **kwargs)
+
+
+@pytest.mark.parametrize(("kind", "keyword"), [(Older, "past_key_values"), (Newer, "cache")])
+def test_a_model_gets_its_cache_by_its_own_name(kind: type[PreTrainedModel], keyword: str) -> None:
+    model, ids = kvrepro.prepare(tiny_model()), tokens(1, 30)
+    other = kvrepro.prepare(kind(model.config).to(model.dtype).eval())
+    other.load_state_dict(model.state_dict())
+    assert cache_keyword(other) == keyword
+    caches = [kvrepro.make_cache(model, "weightedkv", BUDGET) for _ in range(2)]
+    written = [kvrepro.generate(m, ids, c, 8, chunk=9) for m, c in zip((model, other), caches, strict=True)]
+    assert torch.equal(*written) and caches[1].get_seq_length() == 37
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_name_is_used_that_transformers_gives_up(family: str) -> None:
+    """Reading, scoring and decoding warn of nothing; `model.generate` takes the old name until transformers 6."""
+    model = kvrepro.prepare(tiny_model(family, dtype=torch.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        kvrepro.prefill(model, tokens(1, 30), kvrepro.make_cache(model, "asymkv", BUDGET), chunk=8)
+        kvrepro.generate(model, tokens(1, 20), kvrepro.make_cache(model, "kvslimmer", BUDGET), 4, chunk=8)
+        kvrepro.fidelity(model, tokens(1, 30), "h2o", BUDGET, context=24, continuation=6)
 
 
 @torch.no_grad()
@@ -38,7 +78,7 @@ def logits(
         seen = None if mask is None else mask[:, :stop]
         where = None if places is None else places[:, stop - n : stop]
         part = ids[:, stop - n : stop]
-        out.append(model(part, attention_mask=seen, position_ids=where, past_key_values=cache, use_cache=True).logits)
+        out.append(model(part, attention_mask=seen, position_ids=where, **cache_arguments(model, cache)).logits)
     return torch.cat(out, dim=1)
 
 

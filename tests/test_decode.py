@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import kvrepro
 from kvrepro import decode, memory, methods
+from kvrepro.adapter import cache_arguments
 from kvrepro.attention import Step
 from kvrepro.cache import CompressedCache
 from kvrepro.methods.base import Method
@@ -204,7 +205,7 @@ def test_a_frozen_cache_is_appended_to(model: PreTrainedModel, name: str) -> Non
         steps = iter(range(22, 30))
         decoder.run(lambda: found.append(decoder.logits(ids[:, next(steps)])), 8)
     with torch.no_grad():
-        more = [model(ids[:, t : t + 1], past_key_values=caches[1], use_cache=True).logits for t in range(22, 30)]
+        more = [model(ids[:, t : t + 1], **cache_arguments(model, caches[1])).logits for t in range(22, 30)]
     torch.testing.assert_close(torch.stack(found, dim=1), torch.cat(more, dim=1))
     assert_same_cache(*caches)
 

@@ -9,6 +9,7 @@ import torch
 from tiny import measure_tiny, tiny_model, tokens
 
 import kvrepro
+from kvrepro.adapter import cache_arguments
 from kvrepro.experiments import across, common, quantised_slots
 from kvrepro.records import Record
 
@@ -52,7 +53,7 @@ def test_bytes_and_divergence_by_definition(small: Callable, residual: int) -> N
         first = kvrepro.prefill(model, ids[:, :48], exact).logits
         exact.freeze()
         with torch.no_grad():
-            rest = model(input_ids=ids[:, 48:-1], past_key_values=exact).logits
+            rest = model(input_ids=ids[:, 48:-1], **cache_arguments(model, exact)).logits
         found = torch.log_softmax(torch.cat([first, rest], dim=1), -1)
         kl = (truth.exp() * (truth - found)).sum(-1).mean(1)
         assert extra["kl"] == pytest.approx(kl.tolist(), rel=1e-3)

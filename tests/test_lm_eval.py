@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import kvrepro
 from kvrepro import models
+from kvrepro.adapter import cache_arguments
 from kvrepro.cli import main
 from kvrepro.lm_eval import CompressedLM
 
@@ -182,9 +183,9 @@ def test_a_continuation_is_scored_over_the_context_compressed_once(model: Callab
     (found, _), (again, _) = lm.loglikelihood([Asked(context, target)] * 2, disable_tqdm=True)
     before, ids = lm.tok_encode(context), lm.tok_encode(target)
     cache = kvrepro.make_cache(lm.model, "weightedkv", budget=8, recent=2)
-    logits = lm.model(torch.tensor([before]), past_key_values=cache).logits[:, -1:]
+    logits = lm.model(torch.tensor([before]), **cache_arguments(lm.model, cache)).logits[:, -1:]
     cache.freeze()
-    rest = lm.model(torch.tensor([ids[:-1]]), past_key_values=cache).logits
+    rest = lm.model(torch.tensor([ids[:-1]]), **cache_arguments(lm.model, cache)).logits
     logp = torch.cat([logits, rest], dim=1)[0].log_softmax(-1)
     assert len(ids) > 3
     assert found == again == pytest.approx(float(sum(logp[i, token] for i, token in enumerate(ids))), abs=1e-4)
@@ -203,7 +204,7 @@ def test_a_text_is_read_token_by_token_in_windows(model: Callable[..., Compresse
     for window, scored in windows:
         cache = kvrepro.make_cache(lm.model, "weightedkv", budget=8, recent=2)
         for i, token in enumerate(window[:-1]):
-            logp = lm.model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1].log_softmax(-1)
+            logp = lm.model(torch.tensor([[token]]), **cache_arguments(lm.model, cache)).logits[0, -1].log_softmax(-1)
             if i + 1 >= len(window) - scored:
                 total += float(logp[window[i + 1]])
         assert cache.layers[0].keys.shape[2] == 8

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import kvrepro
 from kvrepro import methods
+from kvrepro.adapter import cache_arguments
 from kvrepro.attention import Step, attend, observe
 from kvrepro.methods import asymkv, kvslimmer
 from kvrepro.rope import Rotation
@@ -119,7 +120,7 @@ def test_weightedkv_one_token_at_a_time_is_algorithm_1(sinks: int, recent: int) 
     cache = kvrepro.make_cache(model, "weightedkv", 12, **options)
     with recorded(cache) as passes, torch.no_grad():
         for t in range(40):
-            model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            model(ids[:, t : t + 1], **cache_arguments(model, cache))
     (layer,) = cache.compressed
     for h in range(2):
         q, k, v = (torch.cat([getattr(one, name)[0, h] for one in passes[0]]) for name in ("queries", "keys", "values"))
@@ -489,11 +490,11 @@ def test_asymkvs_gradient_is_that_of_the_loss(monkeypatch: pytest.MonkeyPatch) -
     def loss(layer: int, h: int, j: int, move: Tensor) -> float:
         again = kvrepro.make_cache(model, "full")
         with torch.no_grad():
-            model(ids[:, :16], past_key_values=again, use_cache=True)
+            model(ids[:, :16], **cache_arguments(model, again))
             held = again.compressed[layer].slots
             turned = find_rotation(cache).rotate(move[None, None, None], torch.tensor([[[j]]]))
             held.keys[0, h, j] += turned[0, 0, 0]
-            logits = model(ids[:, 16:], past_key_values=again, use_cache=True).logits
+            logits = model(ids[:, 16:], **cache_arguments(model, again)).logits
         return float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 17:]))
 
     for layer, h, j, x in ((0, 0, 3, 1), (0, 1, 9, 6), (1, 0, 0, 4), (1, 1, 15, 0)):

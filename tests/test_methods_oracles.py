@@ -14,6 +14,7 @@ from tiny import FAMILIES, tiny_model, tokens
 from transformers import PreTrainedModel
 
 import kvrepro
+from kvrepro.adapter import cache_arguments
 
 PROMPT, DECODED, BUDGET = 26, 6, 16
 
@@ -90,7 +91,7 @@ def follow(
     start = 0
     for n in sizes:
         with recorded(cache) as passes, torch.no_grad():
-            model(ids[:, start : start + n], past_key_values=cache, use_cache=True)
+            model(ids[:, start : start + n], **cache_arguments(model, cache))
         start += n
         for layer, oracle, (seen,) in zip(cache.compressed, followers, passes, strict=True):
             expected = oracle.feed(seen.queries[0].numpy(), seen.keys[0].numpy(), seen.values[0].numpy())

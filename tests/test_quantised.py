@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import kvrepro
 from kvrepro import fixed, methods
+from kvrepro.adapter import cache_arguments
 from kvrepro.cache import CompressedCache, CompressedLayer
 from kvrepro.quantised import Form, QuantisedCache, QuantisedLayer, pack, store, unpack
 from kvrepro.slots import Slots
@@ -46,7 +47,9 @@ def two(
 def decode(model: PreTrainedModel, cache: CompressedCache, ids: Tensor) -> Tensor:
     """Logits `[B, n, V]` of tokens read one by one."""
     with torch.no_grad():
-        steps = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])]
+        steps = [
+            model(input_ids=ids[:, i : i + 1], **cache_arguments(model, cache)).logits for i in range(ids.shape[1])
+        ]
     return torch.cat(steps, dim=1)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 
+from kvrepro.adapter import cache_arguments
 from kvrepro.cache import CompressedCache, CompressedLayer, Pass, make_cache
 from kvrepro.experiments import across
 from kvrepro.experiments.common import Bench, as_list, parse_variants
@@ -119,7 +120,7 @@ def _same_bytes(bench: Bench, cell: Cell) -> Value:
     if nbytes > target:
         raise Skip(f"{slots} slots should fit into {target:,} bytes and take {nbytes:,}: layers differ in size")
     cache.freeze()
-    rest = model(input_ids=ids[:, p["context"] : -1], past_key_values=cache, use_cache=True).logits
+    rest = model(input_ids=ids[:, p["context"] : -1], **cache_arguments(model, cache)).logits
     logits = torch.cat([reference.logits[:, :1], rest], dim=1)
     truth, found = (log_softmax(x.float(), dim=-1) for x in (reference.logits, logits))
     kl = kl_div(found, truth, reduction="none", log_target=True).sum(-1).double().mean(1).cpu()  # [n]

@@ -4,13 +4,20 @@ A kernel module holds one kernel and the function that launches it. Its twin, th
 that calls it: `attention`, `methods`, `static`. `covers` decides between the two, so that nothing has to be switched on
 or off: without a GPU or without Triton the twins do everything, and a shape or type that no kernel takes is said once.
 
+Triton launches on the current device, wherever the tensors lie, and a model's layers may lie on several: a function
+that launches is decorated with `on_its_device`.
+
 The kernels' tests run in Triton's interpreter (TRITON_INTERPRET=1), which needs no GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +26,25 @@ from torch import Tensor
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _said: set[str] = set()
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, kernels are launched and CUDA graphs captured on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function that launches kernels do so where its first tensor lies; all of its tensors lie there."""
+
+    @functools.wraps(function)
+    def placed(*args: P.args, **kwargs: P.kwargs) -> R:
+        with on(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device):
+            return function(*args, **kwargs)
+
+    return placed
 
 
 def covers(*tensors: Tensor) -> bool:

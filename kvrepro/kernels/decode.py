@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvrepro.kernels import on_its_device
 from kvrepro.kernels.rotation import cos_sin
 
 if TYPE_CHECKING:
@@ -269,6 +270,7 @@ def _settle(
                 tl.store(filled_ptr + head, filled + 1)
 
 
+@on_its_device
 def step(
     slots: StaticSlots, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
 ) -> Tensor:

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvrepro.kernels import on_its_device
+
 #: Evicted slots and kept slots of a tile of `nearest`, slots that a tile of the other kernels holds, warps.
 CONFIG = {
     "queries": 128, "kept": 128, "nearest_warps": 8, "nearest_stages": 2,
@@ -133,6 +135,7 @@ def _mark(
     tl.store(out_ptr + first + slot, (marked & candidate).to(tl.uint8), mask=slot < size)
 
 
+@on_its_device
 def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
     """Mark the highest scores of each head; see `slots.top`.
 
@@ -184,6 +187,7 @@ def _partition(keep_ptr, order_ptr, place_ptr, size, BLOCK: tl.constexpr, SCAN: 
     tl.store(order_ptr + first + place, slot.to(tl.int64), mask=inside)
 
 
+@on_its_device
 def partition(keep: Tensor) -> tuple[Tensor, Tensor]:
     """The unmarked slots, then the marked ones, both in order; see `slots.partition`.
 
@@ -216,6 +220,7 @@ def _neighbours(k_ptr, out_ptr, k_b, k_h, k_s, heads, size, D: tl.constexpr, BLO
     tl.store(out_ptr + head * (size - 1) + slot, tl.sum(a * c, 1) / norms, mask=inside)
 
 
+@on_its_device
 def neighbours(keys: Tensor) -> Tensor:
     """`[B, H, S - 1]` float32: cosine of neighbouring keys `[B, H, S, d]`."""
     b, h, size, d = keys.shape
@@ -240,6 +245,7 @@ def _distance(k_ptr, target_ptr, out_ptr, k_b, k_h, k_s, heads, size, D: tl.cons
     tl.store(out_ptr + head * size + slot, tl.sqrt(tl.sum((a - c) * (a - c), 1)), mask=inside)
 
 
+@on_its_device
 def distance(keys: Tensor, target: Tensor) -> Tensor:
     """`[B, H, S]` float32: distance of each key `[B, H, S, d]` from the key of the slot `target` `[B, H, S]` int64."""
     b, h, size, d = keys.shape
@@ -264,6 +270,7 @@ def _project(k_ptr, vector_ptr, out_ptr, k_b, k_h, k_s, heads, size, scale, D: t
     tl.store(out_ptr + head * size + slot, tl.sum(keys * vector[None, :], 1) * scale, mask=inside)
 
 
+@on_its_device
 def project(keys: Tensor, vector: Tensor, scale: float) -> Tensor:
     """`[B, H, S]` float32: `scale` times the dot products of keys `[B, H, S, d]` with a vector a head, `[B, H, d]`."""
     b, h, size, d = keys.shape
@@ -376,6 +383,7 @@ def _choose(
     tl.store(index_ptr + head * gone + place, index, mask=inside)
 
 
+@on_its_device
 def nearest(keys: Tensor, gone: Tensor, kept: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """The most similar kept slot of each evicted one; see `d2o.nearest_kept`.
 
@@ -477,6 +485,7 @@ def _settle(
         tl.store(weight_ptr + first + slot, tl.where(evicted, similarity, 1.0), mask=inside)
 
 
+@on_its_device
 def settle(
     order: Tensor,
     keep: Tensor,
@@ -756,6 +765,7 @@ def merge(
     return _summed(keys, values, target, member, (weight, cardinality), size, whole, kind)
 
 
+@on_its_device
 def _summed(
     keys: Tensor,
     values: Tensor,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvrepro.kernels import on_its_device
 from kvrepro.kernels.prefill import LOG2E, as_bias, in_rows, tiles_for, transposed_scores
 from kvrepro.kernels.rotation import turn
 from kvrepro.slots import Slots
@@ -236,6 +237,7 @@ def _merge(
     tl.store(out_mass_ptr + one, l_mass + r_mass, mask=there)
 
 
+@on_its_device
 def scores(mass: Tensor, slots: Slots, sinks: int, recent: int, gamma: float, by_cardinality: bool) -> Tensor:
     """What merging each pair would cost; see `methods.pairs.PairMerging.scores`.
 
@@ -260,6 +262,7 @@ def scores(mass: Tensor, slots: Slots, sinks: int, recent: int, gamma: float, by
     return out
 
 
+@on_its_device
 def shares(view: View, positions: Tensor, asks: Tensor, mass: Tensor, choice: Choice) -> Tensor:
     """The left key's share in each chosen pair, (|c11| - |c12|) / (|c11| - 2 |c12| + |c22|), over all queries.
 
@@ -289,6 +292,7 @@ def shares(view: View, positions: Tensor, asks: Tensor, mass: Tensor, choice: Ch
     return out
 
 
+@on_its_device
 def greedy(score: Tensor) -> Tensor:
     """`methods.pairs.greedy_pairs` for scores `[..., P]` float32: the pairs a greedy matching takes, bool."""
     score = score.contiguous()
@@ -299,6 +303,7 @@ def greedy(score: Tensor) -> Tensor:
     return taken.view(torch.bool)
 
 
+@on_its_device
 def merge(
     slots: Slots, mass: Tensor, choice: Choice, share: Tensor, cap: int | None, frequencies: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:

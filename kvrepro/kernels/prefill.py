@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvrepro.kernels import on_its_device
+
 LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -188,6 +190,7 @@ def in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@on_its_device
 def attend(
     queries: Tensor,
     keys: Tensor,
@@ -227,6 +230,7 @@ def attend(
     return out, lse
 
 
+@on_its_device
 def column_sums(
     queries: Tensor,
     keys: Tensor,

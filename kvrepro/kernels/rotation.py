@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvrepro.kernels import on_its_device
+
 #: Slots whose shift a program of `_shift` finds, and slots that it looks at at a time.
 TILE, SCAN = 4096, 4096
 
@@ -79,6 +81,7 @@ def _shift(place_ptr, card_ptr, out_ptr, size, BY_TOKENS: tl.constexpr, BLOCK: t
     tl.store(out_ptr + row + slot, tl.where(tokens > 0, moved, 0), mask=inside)
 
 
+@on_its_device
 def shift(positions: Tensor, cardinality: Tensor, by_tokens: bool) -> Tensor:
     """`[B, H, S]` int32: by how many positions each slot is moved; see `attention.Step.shift`.
 
@@ -97,6 +100,7 @@ def shift(positions: Tensor, cardinality: Tensor, by_tokens: bool) -> Tensor:
     return out
 
 
+@on_its_device
 def rotate(keys: Tensor, shift: Tensor, frequencies: Tensor) -> Tensor:
     """Keys `[B, H, S, d]` moved by `shift` `[B, H, S]` positions, all of their dimensions rotated.
 

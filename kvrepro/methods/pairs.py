@@ -256,7 +256,9 @@ class PairMerging(Method):
         if kernels.covers(slots.keys, slots.values) and step.rotation.covers(slots.keys.shape[-1]):
             from kvrepro.kernels import pairs
 
-            content, mass = pairs.merge(slots, seen.mass, choice, share, cap, step.rotation.inv_freq)
+            content, mass = pairs.merge(
+                slots, seen.mass, choice, share, cap, step.rotation.frequencies(slots.keys.device)
+            )
         else:
             keys, values, tokens = self._merged_pairs(slots, step, share, cap)
             content = {

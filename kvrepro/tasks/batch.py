@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kvrepro
+from kvrepro.adapter import cache_arguments
 from kvrepro.cache import CompressedCache, Pass
 from kvrepro.experiments.common import Bench
 from kvrepro.memory import free_bytes
@@ -184,7 +185,7 @@ def _answers(
     rest = first.new_empty(len(answers), 0, first.shape[-1])
     if longest > 1:  # what stands behind a shorter answer is read, too, and does not count
         ids = torch.nn.utils.rnn.pad_sequence(list(answers), batch_first=True)[:, :-1]
-        rest = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        rest = model(input_ids=ids, **cache_arguments(model, cache)).logits
     for row, answer in enumerate(answers):
         logits = torch.cat([first[row : row + 1], rest[row, : len(answer) - 1]]).float()  # [a, V]
         loglik = logits.log_softmax(-1).gather(-1, answer[:, None]).double().mean()

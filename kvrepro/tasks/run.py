@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import kvrepro
 from kvrepro import methods as registry
 from kvrepro import models
+from kvrepro.adapter import cache_arguments
 from kvrepro.experiments.common import Bench, Variant, parse_variants
 from kvrepro.records import Cell, Record, Skip, Store, Value
 from kvrepro.tasks.base import Sample, Task, encode, encode_reference, render, token_ids
@@ -230,7 +231,7 @@ def log_likelihood(
     logits = kvrepro.prefill(model, prompt, cache, chunk=chunk).logits[:, -1:]  # [1, 1, V]
     cache.freeze()
     if answer.shape[1] > 1:
-        rest = model(input_ids=answer[:, :-1], past_key_values=cache, use_cache=True).logits
+        rest = model(input_ids=answer[:, :-1], **cache_arguments(model, cache)).logits
         logits = torch.cat([logits, rest], dim=1)  # [1, a, V]
     found = logits.float().log_softmax(-1).gather(-1, answer[..., None])  # [1, a, 1]
     return float(found.double().mean())
