@@ -96,7 +96,8 @@ class AttentionMatching(Method):
         "ours: the pass's own queries at future positions; 'gaussian' draws from a Gaussian fitted to them",
         ("prompt", "gaussian"),
     )
-    count: int = option(1024, "ours: reference queries a query head, the last ones of the pass")
+    count: int = option(1024, "ours: reference queries a query head, the last ones of the pass; they choose the keys")
+    fitted: int = option(256, "ours: of these, those that biases and values are fitted to, spread evenly over them")
     ahead: int = option(128, "ours: they stand at the next 128 positions, in turns")
     window: int | None = option(None, "ours: reference queries while decoding; None is budget / 16, at most 32")
     rounds: int = option(30, "ours: rounds at most of the fit of biases; 0 fits none")
@@ -110,7 +111,7 @@ class AttentionMatching(Method):
     def __post_init__(self) -> None:
         """Check the options' values."""
         super().__post_init__()
-        for name in ("count", "ahead", "block"):
+        for name in ("count", "fitted", "ahead", "block"):
             self.require_whole(name, 1)
         self.require_number("ridge", 1e-9, 1e9)
         if self.base is None:
@@ -230,7 +231,7 @@ class AttentionMatching(Method):
         else:
             left = self._left_by_base(slots, budget, goal, step)
         cut = left.valid.sum(dim=2) < slots.valid.sum(dim=2)  # [B, H]: a row of a batch that still fits stays as it is
-        values, bias, good = self.fit(left, asked, whole)
+        values, bias, good = self.fit(left, *_spread(asked, whole, self.fitted))
         changed = good & cut
         known = slots.state or self.initial_state(slots)
         return dataclasses.replace(
@@ -292,8 +293,8 @@ class AttentionMatching(Method):
             old, empty = torch.zeros_like(rank), (newest < 0).expand_as(rank)
         else:
             queries, places = queries[:, :, :, -self.count :], places[:, -self.count :]
-            rank, empty = _in_halves(places)
-            source = rank + places.shape[1] - (places >= 0).sum(dim=1, keepdim=True)  # padding is in front
+            rank, empty = _in_halves(_counted(places), places.shape[1])
+            source = rank + places.shape[1] - _counted(places)  # padding is in front
             index = source.clamp_min(0)
             if slots.ragged:
                 queries = queries.gather(3, index[:, None, None, :, None].expand_as(queries))
@@ -394,18 +395,53 @@ def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:
     )
 
 
-def _in_halves(places: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of a row's queries stands in each place, so that both halves have half of what counts.
+def _spread(asked: Step, whole: _Whole, size: int) -> tuple[Step, _Whole]:
+    """`size` of each row's reference queries, spread evenly over those that count, the newest among them."""
+    places = asked.query_positions
+    m = places.shape[1]
+    if m <= size:
+        return asked, whole
+    count = _counted(places)
+    some = count.clamp_max(size)
+    rank, empty = _in_halves(some, size)
+    rank = count - 1 - (some - 1 - rank) * count // some.clamp_min(1)  # among all that count
+    index = rank + torch.where(rank < count // 2, m // 2 - count // 2, m - count)  # see `_in_halves`
+    index = index.clamp(0, m - 1)
+    column = index[:, None, None].expand(*whole.lse.shape[:3], size)
+
+    def picked(x: Tensor) -> Tensor:
+        """Of `[B, H_kv, G, m, d]`, the queries that are left."""
+        return x.gather(3, column.unsqueeze(-1).expand(*column.shape, x.shape[-1]))
+
+    nothing = empty[:, None, None]
+    return (
+        dataclasses.replace(
+            asked, queries=picked(asked.queries), query_positions=places.gather(1, index).masked_fill(empty, -1)
+        ),
+        dataclasses.replace(
+            whole,
+            lse=whole.lse.gather(3, column).masked_fill(nothing, torch.inf),
+            output=picked(whole.output).masked_fill(nothing.unsqueeze(-1), 0.0),
+        ),
+    )
+
+
+def _counted(places: Tensor) -> Tensor:
+    """`[B, 1]` int64: how many of the positions `[B, m]` are those of a query."""
+    return (places >= 0).sum(dim=1, keepdim=True)
+
+
+def _in_halves(count: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Which of a row's queries stands in each of m places, so that both halves have half of what counts.
 
     Args:
-        places: `[B, m]`, positions of the queries, -1 in front for what is none.
+        count: `[B, 1]`, queries that count, at most m.
+        m: places; what is left over is in front of each half.
 
     Returns:
-        `[B, m]` int32, its rank among those that count, and `[B, m]` bool, that there is none.
+        `[B, m]` int64, its rank among those that count, and `[B, m]` bool, that there is none.
     """
-    m = places.shape[1]
-    column = torch.arange(m, dtype=torch.int32, device=places.device)
-    count = (places >= 0).sum(dim=1, keepdim=True, dtype=torch.int32)
+    column = torch.arange(m, device=count.device)
     first = column < m // 2
     rank = torch.where(first, column - m // 2 + count // 2, column - m + count)
     return rank, rank < torch.where(first, 0, count // 2)

@@ -23,6 +23,7 @@ class AttentionMatching(Oracle):
         newest: float = 0.5,
         queries: str = "prompt",
         count: int = 1024,
+        fitted: int = 256,
         ahead: int = 128,
         window: int = 2,
         rounds: int = 30,
@@ -34,7 +35,7 @@ class AttentionMatching(Oracle):
         super().__init__(**common)
         self.base, self.log_cardinality = base, base is not None and base.log_cardinality
         self.power = {"mass": 1, "rms": 2}.get(keys, 0)
-        self.queries, self.count, self.ahead = queries, count, ahead
+        self.queries, self.count, self.fits, self.ahead = queries, count, fitted, ahead
         self.window = max(window, base.window) if isinstance(base, SnapKV) else window
         self.rounds, self.ridge, self.block, self.newest = rounds, ridge, block, newest
         self.past: list[list[tuple[int, Array]]] = [[] for _ in range(self.group * len(self.heads))]
@@ -110,13 +111,18 @@ class AttentionMatching(Oracle):
         """Choose, fit on the first half of the queries, judge on the second, fit on all."""
         group = self.reference(head, slots, chunk)
         asked = [query for queries in group for query in queries]
-        first = np.array([i < len(queries) // 2 for queries in group for i in range(len(queries))])
         totals, outputs, score = [], [], np.zeros(len(slots))
         for query in asked:
             masses = self.masses(query, slots, chunk.read_keys[head])
             totals.append(sum(masses))
             outputs.append(sum(x * slot.value for x, slot in zip(masses, slots, strict=True)) / totals[-1])
             score += (np.array(masses) / totals[-1]) ** self.power
+        # The queries that are fitted to: evenly spread ones of each query head, the newest among them.
+        n, some = len(group[0]), min(len(group[0]), self.fits)
+        spread = [n - 1 - (some - 1 - i) * n // some for i in range(some)]
+        chosen = [g * n + i for g in range(self.group) for i in spread]
+        first = np.array([i < some // 2 for _ in range(self.group) for i in range(some)])
+        asked, totals, outputs = ([x[i] for i in chosen] for x in (asked, totals, outputs))
         if left is None:
             now = np.mean([seen[-1] for seen in chunk.probabilities], axis=0)  # the newest query's, all heads
             left = self.chosen(slots, score, now, goal)
