@@ -159,9 +159,8 @@ def ridge_solution(gram: Tensor, moment: Tensor, ridge: Tensor, columns: int | N
     size = (trace / (columns or max(1, gram.shape[-1]))).clamp_min(torch.finfo(gram.dtype).tiny)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + (ridge * size)[..., None, None] * eye)
-    half = torch.linalg.solve_triangular(factor, moment.expand(*factor.shape[:-1], -1), upper=False)
     solved = (failed == 0).to(gram.dtype)[..., None, None]
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True) * (solved / solved)
+    return torch.cholesky_solve(moment.expand(*factor.shape[:-1], -1), factor) * (solved / solved)
 
 
 def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = None) -> Tensor:
