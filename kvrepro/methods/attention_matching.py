@@ -26,9 +26,7 @@ BASES: dict[str, dict[str, Any]] = {
     "keydiff": {},
     "random": {},
     "weightedkv": {},
-    "kvmerger": {
-        "mass": "attention"
-    },  # |S| times a mean, divided again at the next merge, is no longer that when fitted
+    "kvmerger": {"mass": "attention"},  # its default divides a value by |S| at the next merge: wrong once it is fitted
     "kvslimmer": {},
 }
 
