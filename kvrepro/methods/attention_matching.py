@@ -26,7 +26,7 @@ BASES: dict[str, dict[str, Any]] = {
     "keydiff": {},
     "random": {},
     "weightedkv": {},
-    "kvmerger": {"mass": "attention"},  # |S| in the values would be undone at the next merge, which the fit changes
+    "kvmerger": {"mass": "attention"},  # its default divides a value by |S| at the next merge: wrong once it is fitted
     "kvslimmer": {},
 }
 
@@ -249,7 +249,7 @@ class AttentionMatching(Method):
             step = dataclasses.replace(step, window_queries=window, window_positions=places)
         if goal == budget or self.frees_blocks:
             return self.base.compress(slots, budget, step)
-        # What it protects goes by the budget, not by the goal; where that is everything, None says so.
+        # What it protects goes by the budget, not by the goal; None is StreamingLLM's: all that the goal leaves.
         ends = {"sinks": self.base.sinks_of(budget), "recent": self.base.recent_of(budget) or self.base.recent}
         left = dataclasses.replace(self.base, **ends).compress(slots, goal, step)
         return _with_rows(left, slots, slots.valid.sum(dim=2) <= budget) if slots.ragged else left

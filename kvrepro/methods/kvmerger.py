@@ -229,9 +229,8 @@ class KVMerger(Method):
         left = compact(slots, stays, size, order=order, content=content, whole=not slots.ragged)
         cardinality = cardinality[..., :size]
         stats = {**left.stats, "mass": total_at(slots.stats["mass"], target, size)[..., :size]}
-        if (
-            self.mass == "attention" and "bias" in stats
-        ):  # beside log |S|: a set weighs what its members did, sum c e^bias
+        if self.cardinality_bias and "bias" in stats:
+            # The bias comes beside log |S|: a set weighs what its members did, the sum of c e^bias.
             weight = total_at(slots.cardinality * slots.stats["bias"].exp(), target, size)[..., :size]
             merged = cardinality > left.cardinality
             stats["bias"] = torch.where(merged, (weight / cardinality.clamp_min(1)).log(), stats["bias"])

@@ -45,6 +45,11 @@ class KVSlimmer(PairMerging):
         """The released code's running mean weighs passes."""
         return self.variant == "released"
 
+    @property
+    def sums(self) -> bool:
+        """The released code keeps a running mean; the paper's formulas need nothing of a pass."""
+        return self.variant == "paper"
+
     def initial_state(self, slots: Slots) -> dict[str, Tensor]:
         """No pass seen yet."""
         if self.variant == "paper":
