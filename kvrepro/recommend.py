@@ -616,7 +616,7 @@ class _Work:
         if isinstance(budget, int):
             return budget
         target = math.floor(budget * _layer_bytes(reference))
-        return across._largest_budget(self.model, variant, dataclasses.replace(reference, replayable=True), target)
+        return across.largest_budget(self.model, variant.method, variant.options, reference, target)
 
     def _retrieval(self) -> dict[Key | None, tuple[list[float], list[bool]]]:
         """Log-likelihood and exactness of each needle's answer, by budget and method; None is the full cache."""
