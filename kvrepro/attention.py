@@ -42,6 +42,7 @@ class Step:
         window_positions: `[B, w]` int32, their positions.
         gradients: `[B, H_kv, S, d]`, the loss's gradient by each slot's unrotated key, where one was taken.
         view: what the kernels read when the pass attended, where they did the work.
+        behind: the queries are not the newest slots' own but stand behind all slots, and see them all.
     """
 
     queries: Tensor
@@ -58,6 +59,7 @@ class Step:
     window_positions: Tensor | None = None
     gradients: Tensor | None = None
     view: View | None = None
+    behind: bool = False
 
     def shift(self, slots: Slots) -> Tensor | None:
         """`[B, H_kv, S]`: by how many positions each slot is moved when it is read, None where none is.
@@ -250,8 +252,10 @@ class View:
         bias: `[B, H_kv, S]`, or None.
         output: `[B, H_q, n, d]`.
         lse: `[B, H_q, n]` float32, log-sum-exp; +inf for padding.
-        softcap: cap on the logits, or None.
         scale: factor on the logits.
+        softcap: cap on the logits, or None.
+        source: the slots' keys as they are stored.
+        past: slots that every query sees.
     """
 
     queries: Tensor
@@ -263,6 +267,7 @@ class View:
     scale: float
     softcap: float | None
     source: Tensor
+    past: int
 
     @property
     def count(self) -> int:
@@ -276,14 +281,17 @@ class View:
             queries=self.queries[:, :, -count:],
             output=self.output[:, :, -count:],
             lse=self.lse[:, :, -count:].contiguous(),
+            past=self.past + self.count - count,
         )
 
-    def column_sums(self, first: int = 0) -> Tensor:
-        """`[B, H_kv, G, S]` float32: attention to each slot from the queries from `first` on."""
+    def column_sums(self, first: int = 0, power: int = 1) -> Tensor:
+        """`[B, H_kv, G, S]` float32: attention to each slot, to that power, of the queries from `first` on, summed."""
         from kvrepro.kernels import prefill
 
+        # p^k = exp(k logit - k lse), and k c tanh(x / c) = (k c) tanh(k x / (k c)).
+        bias, cap = (None if x is None else power * x for x in (self.bias, self.softcap))
         sums = prefill.column_sums(
-            self.queries, self.keys, self.lse, self.bias, self.scale, self.softcap, first
+            self.queries, self.keys, power * self.lse, bias, power * self.scale, cap, first, self.past
         )  # [B, H_q, S]
         return sums.view(len(sums), self.keys.shape[1], -1, sums.shape[-1])
 
@@ -295,16 +303,17 @@ def view(step: Step, slots: Slots) -> View:
     b, h, g, n, d = step.queries.shape
     queries = step.queries.reshape(b, h * g, n, d)
     keys, bias = step.read_keys(slots), step.bias(slots)
-    if n > 1 and n == slots.size and bias is None and step.softcap is None and _cudnn(queries, keys, slots.values):
+    past = slots.size if step.behind else slots.size - n
+    if n > 1 and past == 0 and bias is None and step.softcap is None and _cudnn(queries, keys, slots.values):
         output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
             queries, keys, slots.values, None, True, 0.0, True, scale=step.scale
         )[:2]
         lse = lse.view(b, h * g, n)
     else:
-        output, lse = prefill.attend(queries, keys, slots.values, bias, step.scale, step.softcap)
+        output, lse = prefill.attend(queries, keys, slots.values, bias, step.scale, step.softcap, past)
     if slots.ragged:
         lse = lse.masked_fill((step.query_positions < 0)[:, None], torch.inf)
-    return View(queries, keys, slots.values, bias, output, lse, step.scale, step.softcap, slots.keys)
+    return View(queries, keys, slots.values, bias, output, lse, step.scale, step.softcap, slots.keys, past)
 
 
 def _cudnn(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -318,8 +327,8 @@ class Observation:
     """How a pass's queries see slots.
 
     Attributes:
-        mass: `[B, H_kv, S]`, attention to each slot, summed over queries and group.
-        output: `[B, H_kv, G, n, d]`, what the queries get.
+        mass: `[B, H_kv, S]`, attention to each slot, or its power, summed over queries and group.
+        output: `[B, H_kv, G, n, d]`, what the queries get; 0 for a query that sees nothing.
         lse: `[B, H_kv, G, n]`, their log-sum-exp; +inf for a query that sees nothing.
         view: what the kernels read, where they did the work, else None.
     """
@@ -330,21 +339,22 @@ class Observation:
     view: View | None = None
 
 
-def observe(step: Step, slots: Slots) -> Observation:
-    """Let a pass's queries attend to slots."""
+def observe(step: Step, slots: Slots, power: int = 1) -> Observation:
+    """Let a pass's queries attend to slots; `mass` sums attention to that power."""
     if kernels.covers(step.queries, slots.keys, slots.values):
         known = step.view is not None and step.view.source is slots.keys
         seen = step.view if known else view(step, slots)
         shape = step.queries.shape[:4]
-        return Observation(
-            seen.column_sums().sum(dim=2), seen.output.reshape(*shape, -1), seen.lse.reshape(shape), seen
-        )
+        output, lse = seen.output.reshape(*shape, -1), seen.lse.reshape(shape)
+        if slots.ragged:
+            output = output.masked_fill(lse.isinf().unsqueeze(-1), 0.0)
+        return Observation(seen.column_sums(power=power).sum(dim=2), output, lse, seen)
     mass, outputs, normals = 0.0, [], []
     for _, found in step.logits(slots):
         lse = found.logsumexp(dim=-1)
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         p = (found - lse.unsqueeze(-1)).exp()
-        mass = mass + p.sum(dim=(2, 3))
+        mass = mass + p.pow(power).sum(dim=(2, 3))
         outputs.append(p @ slots.values.to(p.dtype).unsqueeze(2))
         normals.append(lse)
     return Observation(mass, torch.cat(outputs, dim=3), torch.cat(normals, dim=3))

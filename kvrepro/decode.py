@@ -289,8 +289,7 @@ def _leaves(layer: CompressedLayer) -> int | None:
 
 def _countable(method: Method) -> bool:
     """Whether what the method keeps of each pass is what `static.step` adds up: attention and queries, or nothing."""
-    own = type(method).accumulate is not Method.accumulate
-    return not method.accumulates or (not own and set(method.accumulates) <= set(SIDES))
+    return not method.accumulates or (method.sums and set(method.accumulates) <= set(SIDES))
 
 
 def _stands(method: Method, promise: str) -> bool:

@@ -350,10 +350,10 @@ class _Order:
             return (
                 f"it measures {threads} cells at a time, which mixes their times and memory: start it with --nthreads 1"
             )
-        if self.code != code_at_start().fingerprint(self.modules, self.cell.method, self.own):
+        if self.code != code_at_start().fingerprint(self.modules, self.cell.methods, self.own):
             return (
-                f"its code is not the client's ({', '.join(self.modules)}, {self.cell.method}): bring both to the same "
-                "commit, and start it anew, since it runs the code it began with"
+                f"its code is not the client's ({', '.join(self.modules)}, {self.cell.methods}): bring both to the "
+                "same commit, and start it anew, since it runs the code it began with"
             )
         if self.device != (here := models.resolve_device().type):
             return (

@@ -1,8 +1,9 @@
 """Fingerprints of the code behind a number, so that a stored number is never shown after its code changed.
 
 A fingerprint covers the module that defines the measuring function, every ``kvrepro`` module it imports (directly or
-not), the core modules that every forward pass goes through, and the module of the one method measured. It leaves out
-the other methods (the registry ``kvrepro.methods`` is not followed) and the harness that stores and shows numbers.
+not), the core modules that every forward pass goes through, and the module of the one method measured, with those that
+its options build on (:func:`with_bases`). It leaves out the other methods (the registry ``kvrepro.methods`` is not
+followed) and the harness that stores and shows numbers.
 Comments, docstrings and blank lines do not count.
 """
 
@@ -16,7 +17,7 @@ import inspect
 import io
 import sys
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
@@ -232,6 +233,25 @@ class CodeIndex:
 
 
 _INDEX = CodeIndex()
+
+
+def with_bases(methods: str, options: Mapping[str, Any]) -> str:
+    """The methods whose code a value depends on: those measured, and those that their options build on.
+
+    Args:
+        methods: name of the method measured, or several joined by ``+``.
+        options: its options; of several methods, a mapping of each one's options.
+
+    Returns:
+        The names, joined by ``+``. A name that is not registered stays, and builds on nothing.
+    """
+    registry: Any = importlib.import_module(f"{PACKAGE}.methods")
+    names = methods.split("+")
+    each = [options] if len(names) == 1 else [x for x in options.values() if isinstance(x, Mapping)]
+    known = set(registry.names())
+    choosing = {option for name in names if name in known for option in registry.get(name).builds_on}
+    named = {str(mine[option]) for mine in each for option in choosing & mine.keys()}
+    return "+".join([*names, *sorted((named & known) - set(names))])
 
 
 def measuring_module(function: Callable[..., Any]) -> str:

@@ -20,6 +20,8 @@ RIDGES = tuple(10.0**power for power in range(-5, 1))
 ROUNDS = 30
 #: Errors that differ by less than this share count as equal: rounding is no reason to choose.
 MARGIN = 1e-6
+#: Elements of the systems that are solved side by side for several ridges, 1 GiB of float64.
+_AT_ONCE = 1 << 27
 #: A slot whose weight is below this has none.
 _NOTHING = 1e-8
 
@@ -64,26 +66,28 @@ def best_values(p: Tensor, target: Tensor, start: Tensor, ridges: Sequence[float
 
 
 def fit_values(
-    p: Tensor, target: Tensor, start: Tensor, ridges: Sequence[float] = RIDGES, *, dual: bool | None = None
+    p: Tensor, target: Tensor, start: Tensor | None, ridges: Sequence[float] = RIDGES, *, dual: bool | None = None
 ) -> ValueFit:
     """:func:`best_values`, with what they gain on the held-out queries.
 
     Args:
         p: See :func:`best_values`.
         target: See :func:`best_values`.
-        start: See :func:`best_values`.
+        start: See :func:`best_values`; None is 0.
         ridges: See :func:`best_values`.
         dual: Solve for the queries instead of the slots; None does where they are fewer.
 
     Returns:
         The values and the gain.
     """
-    p, start = p.double(), start.double()
-    rest = target.double() - mixed(p, start)
+    p, rest = p.double(), target.double()
+    if start is not None:
+        start = start.double()
+        rest = rest - mixed(p, start)
     dual = p.shape[2] * p.shape[3] < p.shape[4] if dual is None else dual
     parts = [x[:, :, :, part].flatten(2, 3) for part in _halves(p) for x in (p, rest)]
     change, gain = (_dual if dual else _primal)(*parts, ridges)
-    return ValueFit(start + change, gain)
+    return ValueFit(change if start is None else start + change, gain)
 
 
 def _halves(p: Tensor) -> tuple[slice, slice]:
@@ -105,12 +109,12 @@ def _primal(p: Tensor, rest: Tensor, judge: Tensor, wanted: Tensor, ridges: Sequ
     gram, moment = p.mT @ p, p.mT @ rest
     judges, wishes = judge.mT @ judge, judge.mT @ wanted
 
-    def missed(ridge: float) -> Tensor:
-        """``[B, H]``: the held-out error, less what is the same for all."""
-        change = ridge_solution(gram, moment, gram.new_full(gram.shape[:2], ridge))
+    def missed(ridge: Tensor) -> Tensor:
+        """``[R, B, H]``: the held-out error with each ridge ``[R, B, H]``, less what is the same for all."""
+        change = ridge_solution(gram, moment, ridge)
         return (change * (judges @ change - 2 * wishes)).sum((-2, -1))
 
-    ridge, gain = _chosen(missed, ridges)
+    ridge, gain = _chosen(missed, ridges, gram)
     return ridge_solution(gram + judges, moment + wishes, ridge), gain
 
 
@@ -120,23 +124,22 @@ def _dual(p: Tensor, rest: Tensor, judge: Tensor, wanted: Tensor, ridges: Sequen
     products, slots, first = every @ every.mT, every.shape[-1], p.shape[2]
     own, across = products[:, :, :first, :first], products[:, :, first:, :first]
 
-    def missed(ridge: float) -> Tensor:
+    def missed(ridge: Tensor) -> Tensor:
         """As in :func:`_primal`."""
-        found = across @ ridge_solution(own, rest, own.new_full(own.shape[:2], ridge), slots)  # [B, H, M', d]
+        found = across @ ridge_solution(own, rest, ridge, slots)  # [R, B, H, M', d]
         return (found * (found - 2 * wanted)).sum((-2, -1))
 
-    ridge, gain = _chosen(missed, ridges)
+    ridge, gain = _chosen(missed, ridges, own)
     return every.mT @ ridge_solution(products, torch.cat([rest, wanted], 2), ridge, slots), gain
 
 
-def _chosen(missed: Callable[[float], Tensor], ridges: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _chosen(missed: Callable[[Tensor], Tensor], ridges: Sequence[float], gram: Tensor) -> tuple[Tensor, Tensor]:
     """The ridge with the least held-out error, and minus that error, ``[B, H]`` both; what is no number never is."""
-    tried = torch.stack([missed(ridge) for ridge in ridges])  # [R, B, H]
-    least, index = tried.masked_fill(~tried.isfinite(), torch.inf).min(0)
-    chosen = torch.zeros_like(least)
-    for place, ridge in enumerate(ridges):  # a tensor of the ridges would come from the host
-        chosen = chosen.masked_fill(index == place, ridge)
-    return chosen, -least
+    offered = torch.stack([gram.new_full(gram.shape[:2], ridge) for ridge in ridges])  # no copy from the host
+    side_by_side = max(1, _AT_ONCE // max(1, gram.numel()))
+    tried = torch.cat([missed(part) for part in offered.split(side_by_side)])  # [R, B, H]
+    least, index = tried.masked_fill(~tried.isfinite(), torch.inf).min(0, keepdim=True)
+    return offered.gather(0, index)[0].masked_fill(least[0].isinf(), 0.0), -least[0]
 
 
 def ridge_solution(gram: Tensor, moment: Tensor, ridge: Tensor, columns: int | None = None) -> Tensor:

@@ -211,7 +211,7 @@ def _problem(entry: Mapping[str, Any]) -> str:
 
 def current(record: Record) -> bool:
     """Whether a record was made by the code that is here now; looked up once a process and kind of record."""
-    return _is_current(record.provenance["module"], record.cell.method, record.provenance["code"])
+    return _is_current(record.provenance["module"], record.cell.methods, record.provenance["code"])
 
 
 _is_current = functools.cache(is_current)

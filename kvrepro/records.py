@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from kvrepro import provenance
-from kvrepro.fingerprint import fingerprint, is_current, measuring_module
+from kvrepro.fingerprint import fingerprint, is_current, measuring_module, with_bases
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,6 +166,11 @@ class Cell:
         """The sha256 of the cell alone, whatever code measured it."""
         return _sha256(canonical(asdict(self)))
 
+    @functools.cached_property
+    def methods(self) -> str:
+        """The methods whose code the value depends on, joined by ``+``: ``method``, and what its options build on."""
+        return with_bases(self.method, self.options)
+
     def key(self, code: str) -> str:
         """Key of the record of this cell measured by a given code.
 
@@ -254,7 +259,7 @@ class Record:
     @property
     def is_current(self) -> bool:
         """Whether the code that measured it is, fingerprint for fingerprint, the code that is here now."""
-        return is_current(self.provenance["module"], self.cell.method, self.provenance["code"])
+        return is_current(self.provenance["module"], self.cell.methods, self.provenance["code"])
 
     def row(self) -> dict[str, Any]:
         """The record as one flat row of ``Store.frame``: options as ``option.<name>``, parameters by their names."""
@@ -413,7 +418,7 @@ class Store:
             cell: what is asked for.
             run: the measuring function, which is not called.
         """
-        return self._stored(cell.key(fingerprint(run, cell.method)))
+        return self._stored(cell.key(fingerprint(run, cell.methods)))
 
     def measure(self, cell: Cell, run: Callable[[], Value]) -> Record:
         """The record of a cell: the stored one, or a new one from running the measurement.
@@ -429,7 +434,7 @@ class Store:
             ValueError: an unknown method in the cell.
             KeyboardInterrupt: passed on; nothing is recorded.
         """
-        code = fingerprint(run, cell.method)
+        code = fingerprint(run, cell.methods)
         key = cell.key(code)
         record = self._stored(key)
         if record is None or not _is_done(record):
@@ -465,7 +470,7 @@ class Store:
         Raises:
             kvrepro.executors.ExecutorError: the workers cannot measure; what came back before is stored.
         """
-        keyed = [(cell.key(fingerprint(run, cell.method)), cell, run) for cell, run in cells]
+        keyed = [(cell.key(fingerprint(run, cell.methods)), cell, run) for cell, run in cells]
         pending = {key: (cell, run) for key, cell, run in keyed if not _is_done(self._stored(key))}
         records = []
         with _Progress(title, len(pending)) as progress:
@@ -498,7 +503,7 @@ class Store:
         if address is None:
             return {}
         jobs = [
-            executors.Job(cell, run, key, fingerprint(run, cell.method))
+            executors.Job(cell, run, key, fingerprint(run, cell.methods))
             for key, (cell, run) in pending.items()
             if not executors.names_this_machine(cell)
         ]

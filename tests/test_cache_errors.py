@@ -100,6 +100,7 @@ def test_a_value_that_is_not_a_choice_lists_the_choices(idle: PreTrainedModel, n
         ("kvmerger", {"block": 0}),
         ("kvmerger", {"block": 1000}),
         ("attention_matching", {"count": 0}),
+        ("attention_matching", {"fitted": 0}),
         ("attention_matching", {"ahead": 2.5}),
         ("attention_matching", {"ridge": 0}),
         ("attention_matching", {"newest": 1.5}),

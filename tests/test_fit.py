@@ -1,4 +1,4 @@
-"""The least-squares fits against other solvers, and what Attention Matching does with heads that cannot be fitted."""
+"""The least-squares fits against other solvers, and Attention Matching: heads that cannot be fitted, others' slots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 import kvrepro
 from kvrepro import fit, methods
-from kvrepro.attention import Step
+from kvrepro.attention import Step, attend
+from kvrepro.methods.attention_matching import BASES
 from kvrepro.rope import Rotation
 from kvrepro.slots import Slots, compact
 
@@ -186,13 +187,14 @@ def test_numbers_that_are_none_reach_no_slot() -> None:
 # --- reference queries -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("queries", ["prompt", "gaussian"])
-def test_padding_and_neighbours_change_no_row(queries: str) -> None:
+@pytest.mark.parametrize(("queries", "fitted"), [("prompt", 256), ("prompt", 25), ("prompt", 7), ("gaussian", 10)])
+def test_padding_and_neighbours_change_no_row(queries: str, fitted: int) -> None:
     """A prompt is compressed to the same slots alone and beside a longer one, and twice to the same bits."""
     model = kvrepro.prepare(tiny_model(layers=2))
     ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
     mask[1, :9] = 0
-    caches = [kvrepro.make_cache(model, "attention_matching", 16, queries=queries, count=24) for _ in range(3)]
+    options = {"queries": queries, "fitted": fitted, "count": 24 if fitted in (7, 10) else 33}
+    caches = [kvrepro.make_cache(model, "attention_matching", 16, **options) for _ in range(3)]
     kvrepro.prefill(model, ids, caches[0], attention_mask=mask)
     kvrepro.prefill(model, ids[1:, 9:], caches[1])
     kvrepro.prefill(model, ids[1:, 9:], caches[2])
@@ -215,3 +217,121 @@ def test_draws_have_the_queries_mean_and_covariance() -> None:
     torch.testing.assert_close(centred.mT @ centred / 20000, off.mT @ off / 20, atol=0.1, rtol=0)
     other = methods.create("attention_matching", queries="gaussian", count=20000, seed=1)
     assert not torch.equal(other._drawn(plain, torch.ones(1, 20, dtype=torch.bool), layer=1), drawn)
+
+
+# --- the slots of other methods ---------------------------------------------------------------------------------------
+
+
+def prefilled(ids: Tensor, mask: Tensor | None, name: str, budget: int = 32, **options: str) -> kvrepro.CompressedCache:
+    """The cache of a prompt, of a model with one layer, where every method sees the same."""
+    model = kvrepro.prepare(tiny_model(layers=1))
+    cache = kvrepro.make_cache(model, name, budget, **options)
+    kvrepro.prefill(model, ids, cache, attention_mask=mask)
+    return cache
+
+
+@pytest.mark.parametrize("keys", BASES)
+def test_a_hybrid_keeps_the_slots_of_its_base(keys: str) -> None:
+    """The same tokens in the same slots with the same keys, in a padded batch; biases and values are fitted."""
+    ids, mask = tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :9] = 0
+    hybrid = prefilled(ids, mask, "attention_matching", keys=keys).compressed[0]
+    base = prefilled(ids, mask, keys, **BASES[keys]).compressed[0]
+    assert hybrid.method.positions == base.method.positions
+    for side in ("positions", "cardinality", "keys"):
+        assert torch.equal(getattr(hybrid, side), getattr(base, side)), side
+    fitted = hybrid.slots.state["fallbacks"] == 0
+    assert bool(fitted.any())
+    assert not bool((hybrid.values[fitted] == base.values[fitted]).all())
+    assert bool(hybrid.slots.stats["bias"][fitted].any(-1).all())
+    alone = prefilled(ids[1:, 9:], None, "attention_matching", keys=keys).compressed[0]
+    torch.testing.assert_close(hybrid.values[1:], alone.values)
+
+
+@pytest.mark.parametrize("keys", BASES)
+def test_a_hybrid_s_error_is_below_its_base_s(keys: str) -> None:
+    """Queries that were not fitted to get an output nearer to the whole cache's from the fitted slots."""
+    size = 60
+    slots, step = situation(size, size)
+    new = 2 * random(1, 3, 2, 40, 8, seed=9)
+    later = dataclasses.replace(step, queries=new, query_positions=torch.full((1, 40), size, dtype=torch.int32))
+    wanted = output(later, slots)
+    lost = {}
+    for name, options in ((keys, BASES[keys]), ("attention_matching", {"keys": keys})):
+        method = methods.create(name, **options)
+        about = {"positions": method.positions, "cardinality_bias": method.cardinality_bias}
+        seen = dataclasses.replace(step, **about, window_queries=step.queries, window_positions=step.query_positions)
+        zeros = torch.zeros(slots.positions.shape)
+        mine = dataclasses.replace(slots, stats={side: zeros for side in method.accumulates}, dense=True)
+        _, found = attend(seen, mine, method.statistics)
+        left = method.compress(method.accumulate(mine, found, seen), 32, seen)
+        lost[name] = float((output(dataclasses.replace(later, **about), left) - wanted).square().sum())
+    assert lost["attention_matching"] < 0.9 * lost[keys]
+
+
+def output(step: Step, slots: Slots) -> Tensor:
+    """What a step's queries get."""
+    return attend(step, slots, ())[0]
+
+
+@pytest.mark.parametrize("keys", ["tova", "weightedkv", "kvslimmer"])
+def test_an_unlimited_hybrid_is_the_full_cache(keys: str) -> None:
+    model = kvrepro.prepare(tiny_model(layers=2))
+    ids = tokens(1, 30)
+    cache = kvrepro.make_cache(model, "attention_matching", keys=keys)
+    assert torch.equal(kvrepro.prefill(model, ids, cache, keep_logits=0).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("keys", ["h2o", "snapkv", "weightedkv"])
+def test_a_row_that_still_fits_waits(keys: str) -> None:
+    """While decoding, a block is freed in the rows of a batch that overflow, and only there."""
+    model = kvrepro.prepare(tiny_model(layers=1))
+    ids, mask = tokens(2, 31), torch.ones(2, 31, dtype=torch.long)
+    mask[1, :2] = 0
+    cache = kvrepro.make_cache(model, "attention_matching", 30, keys=keys, block=6)
+    with torch.no_grad():
+        for at in range(31):  # one token at a time: the first row overflows, the second has one slot less
+            model(ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=cache, use_cache=True)
+    (layer,) = cache.compressed
+    assert layer.slots.valid.sum(-1).tolist() == [[25, 25], [29, 29]]
+    assert layer.positions[1, 0].tolist()[-29:] == list(range(29))
+    assert not bool(layer.slots.stats["bias"][1].any()) and not bool(layer.slots.state["fallbacks"][1].any())
+
+
+def test_a_merged_slot_weighs_what_its_parts_did() -> None:
+    """Beside log cardinality a bias is a mean over tokens: merging fitted slots keeps their mass."""
+    slots, step = situation(20)
+    tokens_of = torch.arange(1, 21, dtype=torch.int32).expand(1, 3, -1).contiguous()
+    bias = random(1, 3, 20, seed=5)
+    stats = {"bias": bias, "mass": random(1, 3, 20, seed=6).abs()}
+    slots = dataclasses.replace(slots, cardinality=tokens_of, stats=stats, dense=False)
+    step = dataclasses.replace(step, cardinality_bias=True)
+    weight = (tokens_of * bias.exp()).sum(-1)
+    for name, options in (("kvslimmer", {}), ("kvmerger", {"mass": "attention"})):
+        left = methods.create(name, **options).compress(slots, 14, step)
+        assert left.size == 14
+        torch.testing.assert_close((left.cardinality * left.stats["bias"].exp()).sum(-1), weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"keys": "h2o", "newest": 0.5}, "newest=0.5 is not valid with keys='h2o'"),
+        ({"keys": "d2o"}, "keys='d2o' is not valid; choose one of .*'weightedkv', 'kvmerger', 'kvslimmer'"),
+        ({"keys": "snapkv", "positions": "cache"}, "snapkv: positions='cache' is not valid"),
+    ],
+)
+def test_what_a_hybrid_cannot_have(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        methods.create("attention_matching", **options)
+
+
+def test_a_hybrid_s_options_are_its_base_s() -> None:
+    """Those that are set are handed on; those that are not are the base's own, and records name the positions."""
+    hybrid = methods.create("attention_matching", keys="weightedkv", sinks=2)
+    base = methods.create("weightedkv", sinks=2)
+    assert (hybrid.sinks_of(32), hybrid.recent_of(32)) == (2, base.recent_of(32))
+    assert hybrid.resolved()["positions"] == "cache" and hybrid.resolved()["newest"] is None
+    assert methods.create("attention_matching", **hybrid.resolved()) == hybrid
+    with pytest.raises(ValueError, match="kvslimmer: block=20 is not valid"):
+        methods.create("attention_matching", keys="kvslimmer", block=20).check(32)

@@ -163,6 +163,25 @@ def test_column_sums_over_a_range_of_queries(first: int, interpreted: None) -> N
     torch.testing.assert_close(seen.column_sums(first).double(), p[:, :, :, first:].sum(3), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("d", "group", "n", "size", "cap"), SHAPES)
+def test_queries_behind_all_slots_see_them_all(
+    d: int, group: int, n: int, size: int, cap: float | None, ragged: bool, power: int, request: pytest.FixtureRequest
+) -> None:
+    """As reference queries do; attention to a power has its own sums."""
+    torch.manual_seed(d + n)
+    step, slots = cast(*problem(d, group, n, size, cap=cap, ragged=ragged, merged=True), torch.float32)
+    places = step.query_positions.masked_fill(step.query_positions >= 0, 4 * size)
+    step = dataclasses.replace(step, query_positions=places, behind=True)
+    want = attention.observe(*cast(step, slots, torch.float64), power)
+    request.getfixturevalue("interpreted")
+    found = attention.observe(step, slots, power)
+    for name in ("mass", "output", "lse"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(want, name), rtol=1e-4, atol=1e-5)
+    assert bool((found.lse.isinf() == (places < 0)[:, None, None]).all())
+
+
 def chosen_at(left: list[list[int]], size: int) -> Choice:
     """The pairs whose left ends are given, for each row."""
     chosen = torch.zeros(len(left), 1, size - 1, dtype=torch.bool)
@@ -290,7 +309,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "order = torch.arange(300).expand(1, 1, -1)\n"
         "for count in (100, torch.full((1, 1, 1), 90)):\n"
         "    choice = Choice(ones[:, :1, 1:] > 0, order, count, 100)\n"
-        "    view = View(q, k, k, bias, out, lse, 0.1, None, k)\n"
+        "    view = View(q, k, k, bias, out, lse, 0.1, None, k, 100)\n"
         "    share = pairs.shares(view, ones, ones[:, 0, :200], mass, choice)\n"
         "    for share in (share.unsqueeze(-1), torch.rand(1, 2, 299, 128)):\n"
         "        pairs.merge(slots, mass, choice, share, 5, torch.rand(64))\n",

@@ -72,6 +72,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("attention_matching", {"queries": "gaussian", "count": 12, "window": 3, "seed": 4}),
     ("attention_matching", {"block": 4, "positions": "cache", "ridge": 0.1, "window": 5}),
     ("attention_matching", {"count": 7, "ahead": 3, "rounds": 0, "window": 0, "newest": 1.0}),
+    ("attention_matching", {"count": 11, "fitted": 4, "window": 6, "block": 3}),
+    ("attention_matching", {"keys": "streaming_llm", "block": 3, "window": 3}),
+    ("attention_matching", {"keys": "h2o", "block": 4, "window": 5, "fitted": 3}),
+    ("attention_matching", {"keys": "tova", "sinks": 1, "positions": "cache"}),
+    ("attention_matching", {"keys": "snapkv", "block": 2, "window": 2}),
+    ("attention_matching", {"keys": "keydiff", "recent": 2, "window": 4}),
+    ("attention_matching", {"keys": "random", "seed": 3, "block": 2, "window": 4}),
+    ("attention_matching", {"keys": "weightedkv", "block": 3, "window": 4}),
+    ("attention_matching", {"keys": "kvmerger", "block": 3, "window": 4}),
+    ("attention_matching", {"keys": "kvslimmer", "window": 4}),
 ]
 
 

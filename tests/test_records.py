@@ -551,6 +551,44 @@ def test_a_method_depends_on_the_methods_it_builds_on(tmp_path: Path, changed: s
     assert demo_fingerprint(folder, "tova+cam") != both
 
 
+def test_an_option_can_name_a_method_that_another_builds_on() -> None:
+    assert code.with_bases("attention_matching", {"keys": "h2o", "rounds": 3}) == "attention_matching+h2o"
+    assert code.with_bases("attention_matching", {"keys": "rms"}) == "attention_matching"
+    assert code.with_bases("kvmerger", {"pivot": "random"}) == "kvmerger"  # a word, not the method
+    both = {"tova": {}, "attention_matching(keys='h2o')": {"keys": "h2o"}}
+    assert code.with_bases("tova+attention_matching", both) == "tova+attention_matching+h2o"
+    assert code.with_bases("h2o+attention_matching", both) == "h2o+attention_matching"
+    assert code.with_bases("gone", {"keys": "h2o"}) == "gone"
+
+
+def test_a_hybrid_depends_on_the_code_of_the_method_it_builds_on(tmp_path: Path) -> None:
+    folder = tmp_path / "kvrepro"
+    shutil.copytree(code.PACKAGE_DIR, folder, ignore=shutil.ignore_patterns("data", "__pycache__"))
+
+    def fingerprints() -> dict[str, str]:
+        index = code.CodeIndex(folder, core=())
+        cells = {
+            keys: make_cell(method="attention_matching", options={"keys": keys}) for keys in ("rms", "h2o", "tova")
+        }
+        return {keys: index.fingerprint([], cell.methods) for keys, cell in cells.items()}
+
+    before = fingerprints()
+    with (folder / "methods/h2o.py").open("a") as file:
+        file.write("changed = 1\n")
+    after = fingerprints()
+    assert {keys for keys in before if before[keys] != after[keys]} == {"h2o"}
+
+
+def test_a_record_of_a_hybrid_has_its_fingerprint(tmp_path: Path) -> None:
+    from kvrepro.evaluate import perplexity
+
+    cell, run = make_cell(method="attention_matching", options={"keys": "h2o"}), functools.partial(perplexity, None)
+    record = Store(tmp_path).measure(cell, run)
+    assert record.provenance["code"] == code.fingerprint(run, "attention_matching+h2o")
+    assert record.is_current
+    assert not dataclasses.replace(record, cell=make_cell(method="attention_matching")).is_current
+
+
 SOURCE = '''"""Module."""
 
 import os  # needed

@@ -212,7 +212,7 @@ def keep(notebook: Notebook, parameters: Mapping[str, Any], outcome: Outcome, pr
     notebook.records.unlink(missing_ok=True)
     if outcome.records:
         write_records(notebook.records, outcome.records)
-    used = sorted({record.cell.method for record in outcome.records})
+    used = sorted({record.cell.methods for record in outcome.records})
     Stamp(
         profile=profile,
         parameters=plain(parameters),

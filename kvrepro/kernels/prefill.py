@@ -4,7 +4,7 @@ Column sums need queries, keys and each query's log-sum-exp, which fused attenti
 queries and keys, and memory that grows with the length, not with its square. The twin is `attention.attend`.
 
 Slots stand in time order and a pass's own tokens are the last ones, so that query i of n over S slots sees the slots
-up to S - n + i; what is empty has a bias of -inf.
+up to S - n + i, unless it is said that all queries see more; what is empty has a bias of -inf.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _attend_tile(
 @triton.jit
 def _attend(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
-    q_b, q_h, q_n, k_b, k_h, k_s, v_b, v_h, v_s, heads, groups, n, size, scale, softcap,
+    q_b, q_h, q_n, k_b, k_h, k_s, v_b, v_h, v_s, heads, groups, n, size, past, scale, softcap,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,6 @@ def _attend(
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
-    past = size - n
     row = block * BM + tl.arange(0, BM)
     dim = tl.arange(0, D)
     q = tl.load(q_ptr + b * q_b + h * q_h + row[:, None] * q_n + dim[None, :], mask=row[:, None] < n, other=0.0)
@@ -87,7 +86,7 @@ def _attend(
     best = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    whole = (past + block * BM + 1) // BN * BN  # slots before it are seen by every row of the block
+    whole = tl.minimum(past + block * BM + 1, size) // BN * BN  # slots before it are seen by every row of the block
     for start in range(0, whole, BN):
         acc, best, total = _attend_tile(
             q, k_ptr, v_ptr, bias_ptr, acc, best, total, start, row, past, size, k_s, v_s, scale, softcap,
@@ -108,7 +107,7 @@ def _attend(
 @triton.jit
 def _column_sums(
     q_ptr, k_ptr, bias_ptr, lse_ptr, out_ptr,
-    q_b, q_h, q_n, k_b, k_h, k_s, heads, groups, n, size, first, last, scale, softcap,
+    q_b, q_h, q_n, k_b, k_h, k_s, heads, groups, n, size, past, first, last, scale, softcap,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +116,6 @@ def _column_sums(
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
     kv = h // groups
-    past = size - n
     slot = block * BN + tl.arange(0, BN)
     inside = slot < size
     dim = tl.arange(0, D)
@@ -194,17 +192,25 @@ def in_rows(x: Tensor) -> Tensor:
 
 @on_its_device
 def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    past: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention with a bias a slot.
 
     Args:
         queries: `[B, H_q, n, d]`.
-        keys: `[B, H_kv, S, d]`; the last n are the queries' own.
+        keys: `[B, H_kv, S, d]`.
         values: `[B, H_kv, S, d]`.
         bias: `[B, H_kv, S]` float32, added to the logits, or None.
         scale: factor on the logits.
         softcap: cap on the logits, or None.
+        past: slots before the first query's own; query i sees those up to past + i. None is S - n: the last n slots
+            are the queries' own.
 
     Returns:
         Output `[B, H_q, n, d]` in the queries' dtype and log-sum-exp `[B, H_q, n]` float32; a query that sees nothing
@@ -218,7 +224,7 @@ def attend(
     _attend[(triton.cdiv(n, tiles["BM"]), b * hq)](
         queries, keys, values, as_bias(bias, queries), out, lse,
         *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        hq, hq // keys.shape[1], n, keys.shape[2], scale, softcap or 0.0,
+        hq, hq // keys.shape[1], n, keys.shape[2], keys.shape[2] - n if past is None else past, scale, softcap or 0.0,
         BIAS=bias is not None, CAPPED=softcap is not None, **tiles,
     )  # fmt: skip
     return out, lse
@@ -233,17 +239,19 @@ def column_sums(
     scale: float,
     softcap: float | None,
     first: int = 0,
+    past: int | None = None,
 ) -> Tensor:
     """Attention that each slot receives from the queries from `first` on, summed over them.
 
     Args:
         queries: `[B, H_q, n, d]`.
-        keys: `[B, H_kv, S, d]`; the last n are the queries' own.
+        keys: `[B, H_kv, S, d]`.
         lse: `[B, H_q, n]` float32, each query's log-sum-exp; +inf leaves a query out.
         bias: as in `attend`.
         scale: factor on the logits.
         softcap: cap on the logits, or None.
         first: the first query that counts.
+        past: as in `attend`.
 
     Returns:
         `[B, H_q, S]` float32.
@@ -256,7 +264,7 @@ def column_sums(
     _column_sums[(triton.cdiv(size, tiles["BN"]), b * hq)](
         queries, keys, as_bias(bias, queries), lse.contiguous(), out,
         *queries.stride()[:3], *keys.stride()[:3],
-        hq, hq // keys.shape[1], n, size, first, n, scale, softcap or 0.0,
+        hq, hq // keys.shape[1], n, size, size - n if past is None else past, first, n, scale, softcap or 0.0,
         BIAS=bias is not None, CAPPED=softcap is not None, **tiles,
     )  # fmt: skip
     return out

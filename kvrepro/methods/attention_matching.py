@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvrepro.attention import Step
 from kvrepro.fit import MARGIN, best_weights, fit_values, mixed
-from kvrepro.methods.base import Method, option
+from kvrepro.methods.base import POSITIONS, Method, option
 from kvrepro.slots import Slots, compact, protected, top, uniform
+
+#: Methods that can choose the slots instead, with the options that this takes: a slot of theirs weighs as one token, or
+#: as its cardinality in the logits, and what they leave depends on no state, gradient or layer.
+BASES: dict[str, dict[str, Any]] = {
+    "streaming_llm": {},
+    "h2o": {},
+    "tova": {},
+    "snapkv": {},
+    "keydiff": {},
+    "random": {},
+    "weightedkv": {},
+    "kvmerger": {"mass": "attention"},  # |S| in the values would be undone at the next merge, which the fit changes
+    "kvslimmer": {},
+}
 
 #: Streams of the two uniform numbers that a normal one is made of.
 _RADIUS, _ANGLE = 3, 4
+_SIDES = ("keys", "values", "positions", "cardinality")
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,10 @@ class AttentionMatching(Method):
     text's own queries do not ask for what a question at its end asks for; and the ridge on a slot's value is divided by
     (1 - peak)^2, its peak being the highest attention that a reference query gives it.
 
+    `keys` may name another method. Its own slots are then fitted, evicted or merged as it does with its own defaults
+    (`sinks`, `recent`, `positions`, `seed` and `block` are handed on where they are set): what is chosen and what is
+    fitted can be told apart. While decoding, a method that lets one slot go at a time frees a block of them.
+
     The paper's reference queries are those of the context read twice, or of questions that the model asks itself. Both
     need further passes of the model, which a method here does not have: they are those of the tokens just read, moved
     to future positions. While decoding they are the last `window` queries.
@@ -46,27 +66,38 @@ class AttentionMatching(Method):
     kind: ClassVar[str] = "merging"
     paper: ClassVar[str] = "Fast KV Compaction via Attention Matching (2026)"
     url: ClassVar[str] = "https://arxiv.org/abs/2602.16284"
-    accumulates: ClassVar[tuple[str, ...]] = ("bias",)
     needs_rotation: ClassVar[bool] = True
     whole_numbers: ClassVar[tuple[str, ...]] = ("sinks", "recent", "window", "rounds")
+    builds_on: ClassVar[tuple[str, ...]] = ("keys",)
 
-    recent: int | None = option(None, "ours: the newest token only (None), which few queries have seen")
+    sinks: int | None = option(None, "ours: none (None); with a method's `keys`, that method's own")
+    recent: int | None = option(
+        None,
+        "ours: the newest token only (None), which few queries have seen; with a method's `keys`, that method's own",
+    )
+    positions: str | None = option(
+        None,
+        "ours: as the model numbered the tokens (None); with a method's `keys`, that method's own",
+        (None, *POSITIONS),
+    )
     keys: str = option(
         "rms",
-        "second-hand: the highest root mean square attention of the reference queries; 'mass' (ours) takes their mean",
-        ("rms", "mass"),
+        "second-hand: the highest root mean square attention of the reference queries; 'mass' (ours) takes their mean; "
+        "a method's name (ours) fits the slots that it leaves",
+        ("rms", "mass", *BASES),
     )
-    newest: float = option(
-        0.5,
+    newest: float | None = option(
+        None,
         "ours: this share of the slots to choose goes to what the newest query attends to most, averaged over the "
-        "layer's heads as TOVA does; the rest goes by `keys`",
+        "layer's heads as TOVA does; the rest goes by `keys`. None is 0.5; not for a method's `keys`",
     )
     queries: str = option(
         "prompt",
         "ours: the pass's own queries at future positions; 'gaussian' draws from a Gaussian fitted to them",
         ("prompt", "gaussian"),
     )
-    count: int = option(1024, "ours: reference queries a query head, the last ones of the pass")
+    count: int = option(1024, "ours: reference queries a query head, the last ones of the pass; they choose the keys")
+    fitted: int = option(256, "ours: of these, those that biases and values are fitted to, spread evenly over them")
     ahead: int = option(128, "ours: they stand at the next 128 positions, in turns")
     window: int | None = option(None, "ours: reference queries while decoding; None is budget / 16, at most 32")
     rounds: int = option(30, "ours: rounds at most of the fit of biases; 0 fits none")
@@ -80,21 +111,87 @@ class AttentionMatching(Method):
     def __post_init__(self) -> None:
         """Check the options' values."""
         super().__post_init__()
-        for name in ("count", "ahead", "block"):
+        for name in ("count", "fitted", "ahead", "block"):
             self.require_whole(name, 1)
         self.require_number("ridge", 1e-9, 1e9)
-        self.require_number("newest", 0, 1)
+        if self.base is None:
+            self._settle("newest", 0.5)
+            self.require_number("newest", 0, 1)
+        elif self.newest is not None:
+            raise ValueError(
+                f"{self.name}: newest={self.newest!r} is not valid with keys={self.keys!r}, which chooses all slots; "
+                "leave newest out, or choose keys='rms' or 'mass'"
+            )
+        self._settle("positions", "original" if self.base is None else self.base.positions)
+
+    def _settle(self, name: str, default: Any) -> None:
+        """Give an option that was left open its value, so that records name it."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, default)
+
+    @functools.cached_property
+    def base(self) -> Method | None:
+        """The method that chooses the slots; None where this one does."""
+        if self.keys not in BASES:
+            return None
+        from kvrepro import methods  # the registry knows this module too
+
+        known = {f.name for f in dataclasses.fields(methods.get(self.keys))}
+        shared = {name: getattr(self, name) for name in ("sinks", "recent", "positions", "seed", "block")}
+        handed = {name: value for name, value in shared.items() if value is not None and name in known}
+        return methods.create(self.keys, **BASES[self.keys], **handed)
+
+    @property
+    def frees_blocks(self) -> bool:
+        """Whether the method that chooses the slots frees them a block at a time while decoding, as this one does."""
+        return self.base is not None and any(f.name == "block" for f in dataclasses.fields(self.base))
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What the method that chooses the slots needs."""
+        return () if self.base is None else self.base.statistics
+
+    @property
+    def accumulates(self) -> tuple[str, ...]:
+        """The biases, and what the method that chooses the slots keeps."""
+        return ("bias",) if self.base is None else ("bias", *self.base.accumulates)
+
+    @property
+    def cardinality_bias(self) -> bool:
+        """Whether the biases come beside the slots' log cardinality, as the method that merged them has it."""
+        return self.base is not None and self.base.cardinality_bias
+
+    @property
+    def observes(self) -> bool:
+        """As the method that chooses the slots."""
+        return self.base is not None and self.base.observes
+
+    @property
+    def sums(self) -> bool:
+        """As the method that chooses the slots."""
+        own = type(self).accumulate is AttentionMatching.accumulate
+        return own and (self.base is None or self.base.sums)
+
+    def sinks_of(self, budget: int) -> int:
+        """`sinks`, or those of the method that chooses the slots."""
+        return (self.sinks or 0) if self.base is None else self.base.sinks_of(budget)
 
     def recent_of(self, budget: int) -> int:
-        """The newest token, and `recent` tokens where that is more."""
-        return max(1, self.recent or 0)
+        """The newest token, and `recent` tokens where that is more; or those of the method that chooses the slots."""
+        return max(1, self.recent or 0) if self.base is None else self.base.recent_of(budget)
 
     def window_of(self, budget: int) -> int:
-        """The observation window: a query head's query takes half a slot's bytes, so it is narrow (ours)."""
-        return min(32, budget // 16) if self.window is None else min(self.window, budget)
+        """The observation window: a query head's query takes half a slot's bytes, so it is narrow (ours).
+
+        It is no narrower than that of the method that chooses the slots.
+        """
+        own = min(32, budget // 16) if self.window is None else min(self.window, budget)
+        return own if self.base is None else max(own, self.base.window_of(budget))
 
     def block_of(self, budget: int) -> int:
         """Slots freed at a time while decoding."""
+        if self.frees_blocks:
+            return self.base.block_of(budget)
         return max(1, budget // 16) if self.block is None else self.block
 
     def check(self, budget: int) -> None:
@@ -103,8 +200,10 @@ class AttentionMatching(Method):
         Raises:
             ValueError: fewer than sinks + recent + 1 slots, or a block that leaves less.
         """
+        if self.frees_blocks:
+            return self.base.check(budget)
         super().check(budget)
-        need = self.sinks + self.recent_of(budget) + 1
+        need = self.sinks_of(budget) + self.recent_of(budget) + 1
         if budget - self.block_of(budget) + 1 < need:
             raise ValueError(
                 f"{self.name}: a budget of {budget} slots, less a block of {self.block_of(budget)}, is below "
@@ -115,16 +214,24 @@ class AttentionMatching(Method):
         """No head has fallen back yet."""
         return {"fallbacks": slots.positions.new_zeros(slots.positions.shape[:2], dtype=torch.float32)}
 
+    def accumulate(self, slots: Slots, found: dict[str, Tensor], step: Step) -> Slots:
+        """As the method that chooses the slots; biases are its slots' own."""
+        if self.base is None:
+            return super().accumulate(slots, found, step)
+        seen = self.base.accumulate(slots, found, step)
+        return dataclasses.replace(seen, stats={**seen.stats, "bias": slots.stats["bias"]})
+
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Choose the slots that stay, then fit them to what the reference queries get from all."""
         goal = budget + 1 - self.block_of(budget) if step.queries.shape[3] == 1 else budget
         asked = self.reference(slots, step, budget)
         whole = _look(asked, slots, self.keys)
-        now = _look(step.last(1), slots, "mass").score.mean(dim=1, keepdim=True).expand_as(whole.score)
-        keep, size = self._kept(slots, whole.score, now, budget, goal)
-        left = compact(slots, keep, size)
-        cut = keep.sum(dim=2) < slots.valid.sum(dim=2)  # [B, H]: a row of a batch that still fits stays as it is
-        values, bias, good = self.fit(left, asked, whole)
+        if self.base is None:
+            left = self._chosen(slots, whole.score, budget, goal, step)
+        else:
+            left = self._left_by_base(slots, budget, goal, step)
+        cut = left.valid.sum(dim=2) < slots.valid.sum(dim=2)  # [B, H]: a row of a batch that still fits stays as it is
+        values, bias, good = self.fit(left, *_spread(asked, whole, self.fitted))
         changed = good & cut
         known = slots.state or self.initial_state(slots)
         return dataclasses.replace(
@@ -134,20 +241,31 @@ class AttentionMatching(Method):
             state={"fallbacks": known["fallbacks"] + (cut & ~good).float()},
         )
 
-    def _kept(self, slots: Slots, score: Tensor, now: Tensor, budget: int, goal: int) -> tuple[Tensor, int]:
-        """Which slots stay, `goal` of those of a row that exceeds the budget.
+    def _left_by_base(self, slots: Slots, budget: int, goal: int, step: Step) -> Slots:
+        """The slots that the method of `keys` leaves, `goal` of those of a row that exceeds the budget."""
+        width = self.base.window_of(budget)
+        if width:
+            window, places = step.window_queries[:, :, :, -width:], step.window_positions[:, -width:]
+            step = dataclasses.replace(step, window_queries=window, window_positions=places)
+        if goal == budget or self.frees_blocks:
+            return self.base.compress(slots, budget, step)
+        # What it protects goes by the budget, not by the goal; where that is everything, None says so.
+        ends = {"sinks": self.base.sinks_of(budget), "recent": self.base.recent_of(budget) or self.base.recent}
+        left = dataclasses.replace(self.base, **ends).compress(slots, goal, step)
+        return _with_rows(left, slots, slots.valid.sum(dim=2) <= budget) if slots.ragged else left
+
+    def _chosen(self, slots: Slots, score: Tensor, budget: int, goal: int, step: Step) -> Slots:
+        """The slots that are attended to most, `goal` of those of a row that exceeds the budget.
 
         Args:
             slots: all.
             score: `[B, H_kv, S]`, by the reference queries.
-            now: `[B, H_kv, S]`, by the newest query.
             budget: slots that a row may have.
             goal: slots that are left of a row with more.
-
-        Returns:
-            `[B, H_kv, S]` bool, and slots a head.
+            step: the pass, whose newest query chooses a share of them.
         """
-        safe = protected(slots, self.sinks, self.recent_of(budget))
+        now = _look(step.last(1), slots, "mass").score.mean(dim=1, keepdim=True).expand_as(score)
+        safe = protected(slots, self.sinks_of(budget), self.recent_of(budget))
         count = slots.valid.sum(dim=2, keepdim=True)
         wanted = torch.where(count > budget, goal, count)
         free = wanted - safe.sum(dim=2, keepdim=True)
@@ -155,7 +273,7 @@ class AttentionMatching(Method):
         keep = safe | top(now, slots.valid & ~safe, first)
         keep = keep | top(score, slots.valid & ~keep, free - first)
         waits = slots.ragged and goal < budget
-        return keep, int(wanted.max()) if waits else min(goal, slots.size)
+        return compact(slots, keep, int(wanted.max()) if waits else min(goal, slots.size))
 
     def reference(self, slots: Slots, step: Step, budget: int) -> Step:
         """The step whose queries are fitted to: `[B, H_kv, G, m, d]`, behind the newest token, so that they see all.
@@ -175,8 +293,8 @@ class AttentionMatching(Method):
             old, empty = torch.zeros_like(rank), (newest < 0).expand_as(rank)
         else:
             queries, places = queries[:, :, :, -self.count :], places[:, -self.count :]
-            rank, empty = _in_halves(places)
-            source = rank + places.shape[1] - (places >= 0).sum(dim=1, keepdim=True)  # padding is in front
+            rank, empty = _in_halves(_counted(places), places.shape[1])
+            source = rank + places.shape[1] - _counted(places)  # padding is in front
             index = source.clamp_min(0)
             if slots.ragged:
                 queries = queries.gather(3, index[:, None, None, :, None].expand_as(queries))
@@ -261,18 +379,69 @@ def _look(asked: Step, slots: Slots, keys: str) -> _Whole:
     return _Whole(torch.cat(normals, dim=3), torch.cat(outputs, dim=3), score)
 
 
-def _in_halves(places: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of a row's queries stands in each place, so that both halves have half of what counts.
+def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:
+    """`left`, with the slots that they had in the rows that wait, `[B, H_kv]` bool."""
+    stays = slots.valid & waiting.unsqueeze(-1)
+    size = max(left.size, int(stays.sum(dim=2).max()))
+    left, had = left.pad(size), compact(slots, stays, size)
+
+    def chosen(new: Tensor, old: Tensor) -> Tensor:
+        """Of one side, `[B, H_kv, S]` or `[B, H_kv, S, d]`."""
+        return torch.where(waiting.view(*waiting.shape, *[1] * (new.dim() - 2)), old, new)
+
+    sides = {name: chosen(getattr(left, name), getattr(had, name)) for name in _SIDES}
+    return dataclasses.replace(
+        left, **sides, stats={name: chosen(x, had.stats[name]) for name, x in left.stats.items()}
+    )
+
+
+def _spread(asked: Step, whole: _Whole, size: int) -> tuple[Step, _Whole]:
+    """`size` of each row's reference queries, spread evenly over those that count, the newest among them."""
+    places = asked.query_positions
+    m = places.shape[1]
+    if m <= size:
+        return asked, whole
+    count = _counted(places)
+    some = count.clamp_max(size)
+    rank, empty = _in_halves(some, size)
+    rank = count - 1 - (some - 1 - rank) * count // some.clamp_min(1)  # among all that count
+    index = rank + torch.where(rank < count // 2, m // 2 - count // 2, m - count)  # see `_in_halves`
+    index = index.clamp(0, m - 1)
+    column = index[:, None, None].expand(*whole.lse.shape[:3], size)
+
+    def picked(x: Tensor) -> Tensor:
+        """Of `[B, H_kv, G, m, d]`, the queries that are left."""
+        return x.gather(3, column.unsqueeze(-1).expand(*column.shape, x.shape[-1]))
+
+    nothing = empty[:, None, None]
+    return (
+        dataclasses.replace(
+            asked, queries=picked(asked.queries), query_positions=places.gather(1, index).masked_fill(empty, -1)
+        ),
+        dataclasses.replace(
+            whole,
+            lse=whole.lse.gather(3, column).masked_fill(nothing, torch.inf),
+            output=picked(whole.output).masked_fill(nothing.unsqueeze(-1), 0.0),
+        ),
+    )
+
+
+def _counted(places: Tensor) -> Tensor:
+    """`[B, 1]` int64: how many of the positions `[B, m]` are those of a query."""
+    return (places >= 0).sum(dim=1, keepdim=True)
+
+
+def _in_halves(count: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Which of a row's queries stands in each of m places, so that both halves have half of what counts.
 
     Args:
-        places: `[B, m]`, positions of the queries, -1 in front for what is none.
+        count: `[B, 1]`, queries that count, at most m.
+        m: places; what is left over is in front of each half.
 
     Returns:
-        `[B, m]` int32, its rank among those that count, and `[B, m]` bool, that there is none.
+        `[B, m]` int64, its rank among those that count, and `[B, m]` bool, that there is none.
     """
-    m = places.shape[1]
-    column = torch.arange(m, dtype=torch.int32, device=places.device)
-    count = (places >= 0).sum(dim=1, keepdim=True, dtype=torch.int32)
+    column = torch.arange(m, device=count.device)
     first = column < m // 2
     rank = torch.where(first, column - m // 2 + count // 2, column - m + count)
     return rank, rank < torch.where(first, 0, count // 2)

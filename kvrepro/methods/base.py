@@ -96,6 +96,7 @@ class Method:
         observes: `compress` lets queries look at the slots once more (`attention.observe`).
         needs_rotation: works on keys before rotary embedding, so it needs the model's rotation in any case.
         whole_numbers: options that count slots and must be whole numbers (or None).
+        builds_on: options that may name another method, whose code then counts as this one's too (see `fingerprint`).
     """
 
     name: ClassVar[str]
@@ -111,6 +112,7 @@ class Method:
     observes: ClassVar[bool] = False
     needs_rotation: ClassVar[bool] = False
     whole_numbers: ClassVar[tuple[str, ...]] = ("sinks", "recent")
+    builds_on: ClassVar[tuple[str, ...]] = ()
 
     sinks: int = option(0, "ours: none")
     recent: int | None = option(None, "ours: none")
@@ -165,6 +167,11 @@ class Method:
     def shares_layers(self) -> bool:
         """Whether the layers' budgets depend on what all layers attend to."""
         return False
+
+    @property
+    def sums(self) -> bool:
+        """Whether `accumulate` does what `Method`'s does: it adds up attention and queries, and no more."""
+        return type(self).accumulate is Method.accumulate
 
     def sinks_of(self, budget: int) -> int:
         """Number of first slots that are always kept, given the layer's budget."""

@@ -227,10 +227,15 @@ class KVMerger(Method):
             in_value = share * cardinality.gather(2, target) / slots.cardinality.clamp_min(1)
         content = mix(slots, target, (share, in_value), size, runs=True)
         left = compact(slots, stays, size, order=order, content=content, whole=not slots.ragged)
-        mass = total_at(slots.stats["mass"], target, size)
-        return dataclasses.replace(
-            left, cardinality=cardinality[..., :size], stats={**left.stats, "mass": mass[..., :size]}
-        )
+        cardinality = cardinality[..., :size]
+        stats = {**left.stats, "mass": total_at(slots.stats["mass"], target, size)[..., :size]}
+        if (
+            self.mass == "attention" and "bias" in stats
+        ):  # beside log |S|: a set weighs what its members did, sum c e^bias
+            weight = total_at(slots.cardinality * slots.stats["bias"].exp(), target, size)[..., :size]
+            merged = cardinality > left.cardinality
+            stats["bias"] = torch.where(merged, (weight / cardinality.clamp_min(1)).log(), stats["bias"])
+        return dataclasses.replace(left, cardinality=cardinality, stats=stats)
 
     def _pivots(self, slots: Slots, group: Tensor, step: Step) -> Tensor:
         """`[B, H_kv, S]` int64: the slot index of each set's pivot, by set index."""

@@ -141,8 +141,17 @@ class PairMerging(Method):
         return True
 
     def merge_stats(self, slots: Slots, share: Tensor) -> dict[str, Tensor]:
-        """Side vectors of the pairs' merged slots, each `[B, H_kv, S - 1, ...]`: sums unless a method knows better."""
-        return {name: x[:, :, :-1] + x[:, :, 1:] for name, x in slots.stats.items()}
+        """Side vectors of the pairs' merged slots, each `[B, H_kv, S - 1, ...]`: sums unless a method knows better.
+
+        A bias comes beside log cardinality: a merged slot weighs what its parts did, sum c e^bias.
+        """
+        merged = {name: x[:, :, :-1] + x[:, :, 1:] for name, x in slots.stats.items()}
+        if "bias" in merged:
+            tokens = slots.cardinality.to(merged["bias"].dtype)
+            weight = slots.stats["bias"] + tokens.log()
+            total = (tokens[:, :, :-1] + tokens[:, :, 1:]).log()
+            merged["bias"] = torch.logaddexp(weight[:, :, :-1], weight[:, :, 1:]) - total
+        return merged
 
     def steady(self, budget: int, arrived: int = 1) -> bool:
         """The rounds and their sizes follow from the numbers of slots; while decoding, if one slot goes at a time."""

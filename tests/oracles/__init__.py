@@ -68,4 +68,11 @@ def make_oracle(
     if name == "full" or budget is None:
         return Oracle(**layer)
     options = {k: v for k, v in options.items() if k not in ("fisher", "skip_layers", "beta")}
+    keys = options.get("keys")
+    if name == "attention_matching" and keys in _CLASSES:
+        own = {k: v for k, v in options.items() if k in ("sinks", "recent", "positions", "seed")}
+        blocks = {k: v for k, v in options.items() if k == "block" and keys in ("kvmerger", "kvslimmer")}
+        mass = {"mass": "attention"} if keys == "kvmerger" else {}
+        base = make_oracle(keys, budget, mean_budget, {**own, **blocks, **mass}, **layer)
+        options = {**options, "base": base, "positions": base.positions}
     return _CLASSES[name](budget=budget, **{**defaults(name, budget, mean_budget, options), **options}, **layer)

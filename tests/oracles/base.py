@@ -184,6 +184,11 @@ class Oracle:
             dot = self.softcap * math.tanh(dot / self.softcap)
         return dot + slot.bias + (math.log(slot.cardinality) if self.log_cardinality else 0.0)
 
+    def merged_bias(self, members: list[Slot]) -> float:
+        """Beside log c: the slot made of `members` weighs what they did, Σ c e^bias."""
+        weight = sum(slot.cardinality * math.exp(slot.bias) for slot in members)
+        return math.log(weight / sum(slot.cardinality for slot in members))
+
     def read_value(self, slot: Slot) -> Array:
         """The value attention mixes."""
         return slot.value

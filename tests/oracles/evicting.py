@@ -13,8 +13,8 @@ class StreamingLLM(Oracle):
     """The sinks and the most recent slots."""
 
     def compress_head(self, head: int, slots: list[Slot], chunk: Chunk) -> list[Slot]:
-        """First `sinks`, last `recent`."""
-        return slots[: self.sinks] + slots[len(slots) - self.recent :]
+        """First `sinks`, last `recent`, fewer where the budget is less."""
+        return slots[: self.sinks] + slots[len(slots) - min(self.recent, self.budget - self.sinks) :]
 
 
 class H2O(Oracle):
@@ -60,7 +60,7 @@ class SnapKV(Oracle):
         for g in range(head * self.group, (head + 1) * self.group):
             for position, query in self.kept_queries[g]:
                 visible = [j for j, slot in enumerate(slots) if slot.position <= position]
-                row = softmax([float(np.dot(query, chunk.read_keys[head][j])) * self.scale for j in visible])
+                row = softmax([self.logit(query, chunk.read_keys[head][j], slots[j]) for j in visible])
                 for j, probability in zip(visible, row, strict=True):
                     if j < prefix:
                         votes[j] += probability / self.group

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 
 from .base import Array, Chunk, Oracle, Slot, read_positions, rotate
+from .evicting import SnapKV
+from .kvmerger import KVMerger
+from .pairs import PairMerging
 
 
 class AttentionMatching(Oracle):
@@ -19,16 +23,20 @@ class AttentionMatching(Oracle):
         newest: float = 0.5,
         queries: str = "prompt",
         count: int = 1024,
+        fitted: int = 256,
         ahead: int = 128,
         window: int = 2,
         rounds: int = 30,
         ridge: float = 0.01,
         block: int = 1,
+        base: Oracle | None = None,
         **common: object,
     ) -> None:
         super().__init__(**common)
-        self.power = {"mass": 1, "rms": 2}[keys]
-        self.queries, self.count, self.ahead, self.window = queries, count, ahead, window
+        self.base, self.log_cardinality = base, base is not None and base.log_cardinality
+        self.power = {"mass": 1, "rms": 2}.get(keys, 0)
+        self.queries, self.count, self.fits, self.ahead = queries, count, fitted, ahead
+        self.window = max(window, base.window) if isinstance(base, SnapKV) else window
         self.rounds, self.ridge, self.block, self.newest = rounds, ridge, block, newest
         self.past: list[list[tuple[int, Array]]] = [[] for _ in range(self.group * len(self.heads))]
         self.fallbacks = [0] * len(self.heads)
@@ -38,6 +46,36 @@ class AttentionMatching(Oracle):
         for g, past in enumerate(self.past):
             past.extend((self.seen + i, np.asarray(query, dtype=np.float64)) for i, query in enumerate(queries[g]))
         return super().feed(queries, keys, values)
+
+    def due(self, arrived: int) -> bool:
+        """On overflow, which the base must see too: some free a block while decoding."""
+        if self.base is not None:
+            self.base.heads, self.base.budget = self.heads, self.budget
+            self.base.due(arrived)
+        return super().due(arrived)
+
+    def compress(self, chunk: Chunk) -> None:
+        """What stays of all heads, then a fit for each."""
+        goal = self.budget + 1 - self.block if len(chunk.positions) == 1 else self.budget
+        left = None if self.base is None else self.left_by_base(self.base, chunk, goal)
+        for head, slots in enumerate(self.heads):
+            self.heads[head] = self.fitted(head, slots, chunk, goal, None if left is None else left[head])
+
+    def left_by_base(self, base: Oracle, chunk: Chunk, goal: int) -> list[list[Slot]]:
+        """The base's choice from copies of the slots; it keeps sums of values where it has pairs."""
+        sums = isinstance(base, PairMerging)
+        copies = [[dataclasses.replace(slot) for slot in slots] for slots in self.heads]
+        for slot in (slot for slots in copies if sums for slot in slots):
+            slot.value = slot.value * slot.cardinality
+        base.heads = copies
+        if not isinstance(base, PairMerging | KVMerger):
+            base.budget = goal
+        if isinstance(base, SnapKV):
+            base.kept_queries = [past[-base.window :] for past in self.past]
+        base.compress(chunk)
+        for slot in (slot for slots in base.heads if sums for slot in slots):
+            slot.value = slot.value / slot.cardinality
+        return base.heads
 
     def reference(self, head: int, slots: list[Slot], chunk: Chunk) -> list[list[Array]]:
         """For each query head of the group its reference queries, at positions behind the newest token."""
@@ -69,20 +107,25 @@ class AttentionMatching(Oracle):
             draws.append(queries.mean(0) + factor @ normal)
         return draws
 
-    def compress_head(self, head: int, slots: list[Slot], chunk: Chunk) -> list[Slot]:
+    def fitted(self, head: int, slots: list[Slot], chunk: Chunk, goal: int, left: list[Slot] | None) -> list[Slot]:
         """Choose, fit on the first half of the queries, judge on the second, fit on all."""
-        decoding = len(chunk.positions) == 1
         group = self.reference(head, slots, chunk)
         asked = [query for queries in group for query in queries]
-        first = np.array([i < len(queries) // 2 for queries in group for i in range(len(queries))])
         totals, outputs, score = [], [], np.zeros(len(slots))
         for query in asked:
             masses = self.masses(query, slots, chunk.read_keys[head])
             totals.append(sum(masses))
             outputs.append(sum(x * slot.value for x, slot in zip(masses, slots, strict=True)) / totals[-1])
             score += (np.array(masses) / totals[-1]) ** self.power
-        now = np.mean([seen[-1] for seen in chunk.probabilities], axis=0)  # the newest query's, all heads
-        left = self.chosen(slots, score, now, self.budget + 1 - self.block if decoding else self.budget)
+        # The queries that are fitted to: evenly spread ones of each query head, the newest among them.
+        n, some = len(group[0]), min(len(group[0]), self.fits)
+        spread = [n - 1 - (some - 1 - i) * n // some for i in range(some)]
+        chosen = [g * n + i for g in range(self.group) for i in spread]
+        first = np.array([i < some // 2 for _ in range(self.group) for i in range(some)])
+        asked, totals, outputs = ([x[i] for i in chosen] for x in (asked, totals, outputs))
+        if left is None:
+            now = np.mean([seen[-1] for seen in chunk.probabilities], axis=0)  # the newest query's, all heads
+            left = self.chosen(slots, score, now, goal)
         places = read_positions(left, self.positions)
         keys = [rotate(s.key, place - s.position, self.inv_freq) for s, place in zip(left, places, strict=True)]
         share = np.array([self.masses(q, left, keys) for q in asked]) / np.array(totals)[:, None]
@@ -97,7 +140,7 @@ class AttentionMatching(Oracle):
             values = self.values(biased, target, start, loose, self.ridge * 10**best)
             for slot, value, weight in zip(left, values, weights, strict=True):
                 slot.value, slot.bias = value, slot.bias + math.log(weight)
-        elif not decoding or self.block == 1:
+        else:
             self.fallbacks[head] += 1
         return left
 

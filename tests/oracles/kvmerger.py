@@ -116,4 +116,5 @@ class KVMerger(Oracle):
         value = (tokens if scaled else 1) * sum(x * mean for x, mean in zip(w, means, strict=True))
         key = sum(x * k for x, k in zip(w, keys, strict=True))
         mass = sum(slot.stats["mass"] for slot in members)
-        return Slot(key, value, members[p].position, tokens, {**members[p].stats, "mass": mass})
+        bias = self.merged_bias(members) if self.log_cardinality else members[p].bias
+        return Slot(key, value, members[p].position, tokens, {**members[p].stats, "mass": mass}, bias)

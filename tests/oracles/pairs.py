@@ -119,7 +119,8 @@ class PairMerging(Oracle):
         tokens = left.cardinality + right.cardinality
         if self.variant == "released":
             tokens = min(tokens, 5)
-        return Slot(key, left.value + right.value, right.position, tokens, self.merged_stats(left, right, share))
+        stats, bias = self.merged_stats(left, right, share), self.merged_bias([left, right])
+        return Slot(key, left.value + right.value, right.position, tokens, stats, bias)
 
     def share(self, head: int, i: int, slots: list[Slot], now: Chunk) -> Any:
         """The weight of the left key."""
