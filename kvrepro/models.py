@@ -203,8 +203,8 @@ def load_model(
 
     Returns:
         Model and tokenizer. The tokenizer pads on the left and has a pad token. With random weights it is the embedded
-        model's where that is in the cache and the shape's vocabulary holds it, else None. Type checkers know both, and
-        that the model has `generate`.
+        model's where that is in the cache and the shape's vocabulary holds it, else None. Type checkers know that, and
+        call the model a `GenerativeModel`: a `PreTrainedModel` that has `generate`.
 
     Raises:
         ValueError: unknown weights, dtype or device, or an unknown shape; lists the valid ones.

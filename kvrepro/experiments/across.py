@@ -248,7 +248,7 @@ def _read_once(
     model: PreTrainedModel, ids: Tensor, method: str, budget: int | float | None, options: Mapping[str, Any]
 ) -> float:
     """Seconds to read `ids` ``[n, L]`` into an empty cache."""
-    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, model.device) if model.device.type == "cuda" else lambda: None
     cache = make_cache(model, method, budget, **options)
     wait()
     start = time.perf_counter()
