@@ -17,7 +17,8 @@ import inspect
 import io
 import sys
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
@@ -85,28 +86,35 @@ def imported_modules(tree: ast.Module, module: str, is_package: bool) -> set[str
         module: dotted name of the module the source belongs to, against which relative imports are resolved.
         is_package: whether the source is an ``__init__.py``.
     """
+    nodes = list(ast.walk(tree))  # once: a large module has ten thousand
+    named = Counter(node.id for node in nodes if isinstance(node, ast.Name))
+    parts: dict[str, list[str]] = defaultdict(list)  # x: [a, b] for x.a and x.b
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            parts[node.value.id].append(node.attr)
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found.update(name for alias in node.names for name in _used_of(tree, alias))
+            found.update(name for alias in node.names for name in _used_of(alias, named, parts))
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(node, module, is_package)
             found.update(f"{base}.{alias.name}" for alias in node.names)
     return found
 
 
-def _used_of(tree: ast.Module, alias: ast.alias) -> set[str]:
-    """What a module uses of one that it imports: ``{a.b, …}``, or ``{a}`` where not every use is of this form."""
+def _used_of(alias: ast.alias, named: Mapping[str, int], parts: Mapping[str, Sequence[str]]) -> set[str]:
+    """What a module uses of one that it imports: ``{a.b, …}``, or ``{a}`` where not every use is of this form.
+
+    Args:
+        alias: the import.
+        named: how often the source names each variable.
+        parts: the attributes that it reads of each variable, one for each time.
+    """
     if alias.asname is None and "." in alias.name:
         return {alias.name}
     bound = alias.asname or alias.name
-    uses = sum(isinstance(node, ast.Name) and node.id == bound for node in ast.walk(tree))
-    names = [
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == bound
-    ]
-    return {f"{alias.name}.{name}" for name in names} if names and len(names) == uses else {alias.name}
+    names = parts.get(bound, ())
+    return {f"{alias.name}.{name}" for name in names} if names and len(names) == named[bound] else {alias.name}
 
 
 def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:

@@ -18,6 +18,7 @@ from benchmarks import __main__ as benchmarks
 from kvrepro import models
 from kvrepro.experiments import speed, targets, task_runtimes
 from kvrepro.experiments.common import Variant
+from kvrepro.experiments.memory import peak_bytes
 from kvrepro.records import Cell, Record, Store, Value
 from kvrepro.tasks import longbench
 
@@ -101,6 +102,27 @@ def test_sizes_are_the_models_own(setup: speed.Setup) -> None:
     assert shape.weights == shape.read == 4 * sum(p.numel() for p in model.parameters())  # tied: the table is read
     per_layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48
     assert (shape.matrices, shape.width, shape.slot) == (2 * per_layer, 32, 2 * 2 * 2 * 8 * 4)
+
+
+def test_on_a_cpu_memory_is_watched_over_one_cycle_and_finds_what_all_steps_hold(
+    setup: speed.Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[int] = []
+
+    def peak_of(run: Any, device: torch.device) -> Any:
+        (clock, *rest), peak = peak_bytes(run, device)
+        watched.append(len(clock))
+        return (clock, *rest), peak
+
+    monkeypatch.setattr(speed, "peak_bytes", peak_of)
+    found = speed._decode(setup, "kvslimmer", None, 48, 1, False, 4, 3).extra
+    assert found["cycle"] == 3 and len(found["times"]) == 3
+    assert watched == [speed.SKIPPED["cpu"] + 3]
+    model = setup.load()
+    cache = speed.read_prompt(model, setup.tokens(48 + speed.OVER), Variant.parse("kvslimmer"), 48, None)
+    before = cache.nbytes
+    _, peak = peak_bytes(lambda: speed._decoded(model, cache, 1, 26, False, 8), model.device)
+    assert found["peak"] == before + peak
 
 
 def test_running_out_of_memory_costs_one_record(setup: speed.Setup, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -569,7 +569,8 @@ def _decode(
         The value is the median over blocks of the time a step took, milliseconds; a step gives one token a row.
         ``extra``: ``times`` [blocks], ms; ``first``, seconds before the timed steps (compiling, capturing);
         ``graphed``, whether they were; ``cycle``, steps from one compression to the next; ``peak``, bytes of the cache
-        and of what the steps add to it at the most; ``cache``, bytes after the last step; ``floor``, in ms.
+        and of what the steps add to it at the most, on a CPU in one cycle; ``cache``, bytes after the last step;
+        ``floor``, in ms.
     """
     model, variant = setup.load(), Variant.parse(label)
     free()
@@ -585,18 +586,19 @@ def _decode(
         known = ids if peer is None else ids[:, :-1]
         return _repeated(read_prompt(model, known, variant, slots, None), rows)
 
-    def write(cache: Any) -> tuple[Clock, float, bool]:
+    def write(cache: Any, count: int) -> tuple[Clock, float, bool]:
         if peer is None:
-            return _decoded(model, cache, rows, taken, compiled, skipped)
+            return _decoded(model, cache, rows, count, compiled, skipped)
         with as_transformers(model) if peer == TRANSFORMERS else nullcontext():
-            return _generated(model, ids, cache, rows, taken, skipped)
+            return _generated(model, ids, cache, rows, count, skipped)
 
-    cache = read()
+    cache, on_cpu = read(), model.device.type == "cpu"
     before = _cache_bytes(cache)
-    (clock, first, graphed), peak = peak_bytes(partial(write, cache), model.device)
-    if model.device.type == "cpu":  # watching the memory takes time
+    watched = SKIPPED["cpu"] + cycle if on_cpu else taken
+    (clock, first, graphed), peak = peak_bytes(partial(write, cache, watched), model.device)
+    if on_cpu:  # watching takes several times as long as the steps
         cache = read()
-        clock, first, graphed = write(cache)
+        clock, first, graphed = write(cache, taken)
     times = 1000 * clock.seconds()[skipped - 1 :][: steps * blocks].view(blocks, steps).mean(dim=1)
     held = _cache_bytes(cache)
     floor = Shape.of(model).step(rows, held).floor(setup)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvrepro.attention import Step
+from kvrepro.attention import Step, observe
 from kvrepro.fit import MARGIN, best_weights, fit_values, mixed
 from kvrepro.methods.base import POSITIONS, Method, option
 from kvrepro.slots import Slots, compact, protected, top, uniform
@@ -300,8 +300,9 @@ class AttentionMatching(Method):
                 queries = queries.gather(3, index[:, None, None, :, None].expand_as(queries))
             old = places.gather(1, index)
         place = (newest + 1 + rank.clamp_min(0) % self.ahead).to(torch.int32)
-        turned = _turned(step, queries, place - old)
-        return dataclasses.replace(step, queries=turned, query_positions=place.masked_fill(empty, -1), view=None)
+        turned = _turned(step, queries, place - old).to(slots.keys.dtype)
+        places = place.masked_fill(empty, -1)
+        return dataclasses.replace(step, queries=turned, query_positions=places, view=None, behind=True)
 
     def _drawn(self, queries: Tensor, valid: Tensor, layer: int) -> Tensor:
         """`[B, H_kv, G, count, d]`: draws from the Gaussian of each query head's `[B, H_kv, G, n, d]`; valid `[B, n]`.
@@ -341,9 +342,8 @@ class AttentionMatching(Method):
         p = _normalised(share * weights[:, :, None, None])
         # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
         loose = 1 - p.amax(dim=(2, 3))  # [B, H, S]
-        rest, start = whole.output - mixed(p, left.values), torch.zeros_like(left.values)
-        ridges = [self.ridge * factor for factor in (1, 10, 100)]
-        found = fit_values(p * loose[:, :, None, None], rest, start, ridges)
+        rest = whole.output - mixed(p, left.values)
+        found = fit_values(p * loose[:, :, None, None], rest, None, [self.ridge * factor for factor in (1, 10, 100)])
         before, biased = (_missed(x, left.values, whole.output) for x in (_normalised(share), p))
         values = (left.values + loose[..., None] * found.values).to(left.values.dtype)
         bias = weights.log().to(left.stats["bias"].dtype)
@@ -367,16 +367,9 @@ class _Whole:
 
 
 def _look(asked: Step, slots: Slots, keys: str) -> _Whole:
-    """Let the reference queries attend to all slots, a block of them at a time."""
-    normals, outputs, score = [], [], 0.0
-    for _, logits in asked.logits(slots):
-        lse = logits.logsumexp(dim=-1)
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-        p = (logits - lse.unsqueeze(-1)).exp()
-        score = score + (p if keys == "mass" else p.square()).sum(dim=(2, 3))
-        outputs.append(mixed(p, slots.values))
-        normals.append(lse)
-    return _Whole(torch.cat(normals, dim=3), torch.cat(outputs, dim=3), score)
+    """Let the reference queries attend to all slots."""
+    seen = observe(asked, slots, power=1 if keys == "mass" else 2)
+    return _Whole(seen.lse, seen.output, seen.mass)
 
 
 def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:
