@@ -189,6 +189,16 @@ class CompressedLayer(CacheLayerMixin):
         slots = self.slots if self.static is None else self.static
         return window + (0 if slots is None else slots.nbytes)
 
+    @property
+    def fallbacks(self) -> Tensor | None:
+        """`[B]` int64 on the CPU: how often a head fell back to plain eviction.
+
+        None before the first token, and for methods that count no `"fallbacks"` in their slots' state.
+        """
+        held = self.held
+        counted = {} if held is None else {**self.method.initial_state(held), **held.state}
+        return counted["fallbacks"].sum(dim=1).long().cpu() if "fallbacks" in counted else None
+
     # --- one forward pass ------------------------------------------------------------------------------------------
 
     def plan(self, prompt: int) -> None:
@@ -404,6 +414,12 @@ class CompressedCache(Cache):
     def nbytes(self) -> int:
         """Bytes really held by all layers, side vectors included."""
         return sum(layer.nbytes if isinstance(layer, CompressedLayer) else _plain_bytes(layer) for layer in self.layers)
+
+    @property
+    def fallbacks(self) -> Tensor | None:
+        """`[B]` int64: how often a head of any layer fell back to plain eviction; None where that is not counted."""
+        counts = [layer.fallbacks for layer in self.compressed]
+        return None if any(count is None for count in counts) else torch.stack(counts).sum(dim=0)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -316,6 +316,8 @@ class Fidelity:
         nll_full: `[B, n]` float32, the same with the full cache.
         nbytes: bytes of the compressed cache after the context.
         nbytes_full: bytes of the full cache after the context.
+        fallbacks: `[B]` int64, how often a head of any layer fell back to plain eviction while the context was read;
+            None for methods that do not count it.
     """
 
     kl: Tensor
@@ -323,6 +325,7 @@ class Fidelity:
     nll_full: Tensor
     nbytes: int
     nbytes_full: int
+    fallbacks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -381,22 +384,51 @@ def fidelity(
     cache = make_cache(model, method, budget, **options)
     if reference is None:
         reference = full_reference(model, input_ids, context=context, continuation=continuation)
+    first = None
     if chunk is None and reference.replayable and not _by_loss(cache):
         cache.plan(context)
         cache.replay(reference.passes)
-        first = reference.logits[:, :1]
     else:
         first = prefill(model, ids[:, :context], cache, chunk=chunk).logits
-    nbytes = cache.nbytes
-    logits = _continue(model, ids, cache, first, context)
-    full, nbytes_full = reference.logits, reference.nbytes
+    return continued(model, ids, cache, reference, first)
+
+
+@torch.no_grad()
+def continued(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: CompressedCache,
+    reference: Reference,
+    first: Tensor | None = None,
+) -> Fidelity:
+    """`fidelity` of a cache that has read the context: predict the continuation from it, teacher-forced.
+
+    Args:
+        model: a prepared model.
+        input_ids: `[B, context + continuation]`.
+        cache: what has read the context, quantised or not; the continuation is appended and nothing more compressed.
+        reference: what `full_reference` returned for the same text.
+        first: `[B, 1, V]`, the prediction after the context; None is the full cache's, as after a replay.
+
+    Raises:
+        ValueError: the cache has read another number of tokens than the reference's context.
+    """
+    ids, full, context = input_ids.to(model.device), reference.logits, cache.compressed[0].seen
+    if context + full.shape[1] != ids.shape[1]:
+        raise ValueError(
+            f"the cache has read {context} of {ids.shape[1]} tokens, and the reference predicts the last "
+            f"{full.shape[1]}: read both with the same context and continuation"
+        )
+    nbytes, fallbacks = cache.nbytes, cache.fallbacks
+    logits = _continue(model, ids, cache, full[:, :1] if first is None else first, context)
     p, q = log_softmax(full.float(), dim=-1), log_softmax(logits.float(), dim=-1)
     return Fidelity(
         kl=kl_div(q, p, reduction="none", log_target=True).sum(-1).cpu(),
         nll=_nll(logits, ids[:, context:]).cpu(),
         nll_full=_nll(full, ids[:, context:]).cpu(),
         nbytes=nbytes,
-        nbytes_full=nbytes_full,
+        nbytes_full=reference.nbytes,
+        fallbacks=fallbacks,
     )
 
 

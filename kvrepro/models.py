@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -147,8 +147,39 @@ _HUB_NAMES = {
 _identities: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
+if TYPE_CHECKING:
+
+    class GenerativeModel(PreTrainedModel):
+        """What `AutoModelForCausalLM` makes, for type checkers: transformers has no class for it."""
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            """See transformers' `GenerationMixin.generate`."""
+
+
 class ModelError(OSError):
     """A model cannot be loaded; the message says why and what to do."""
+
+
+@overload
+def load_model(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    weights: Literal["pretrained"] = "pretrained",
+    seed: int = 0,
+) -> tuple[GenerativeModel, PreTrainedTokenizerBase]: ...
+
+
+@overload
+def load_model(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    weights: str,
+    seed: int = 0,
+) -> tuple[GenerativeModel, PreTrainedTokenizerBase | None]: ...
 
 
 def load_model(
@@ -172,7 +203,8 @@ def load_model(
 
     Returns:
         Model and tokenizer. The tokenizer pads on the left and has a pad token. With random weights it is the embedded
-        model's where that is in the cache and the shape's vocabulary holds it, else None.
+        model's where that is in the cache and the shape's vocabulary holds it, else None. Type checkers know that, and
+        call the model a `GenerativeModel`: a `PreTrainedModel` that has `generate`.
 
     Raises:
         ValueError: unknown weights, dtype or device, or an unknown shape; lists the valid ones.

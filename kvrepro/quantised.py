@@ -286,13 +286,13 @@ class QuantisedLayer(CompressedLayer):
         self._open = self._before = None
         self._opened = False
 
-    def _attend(
+    def attend(
         self, module: nn.Module, query: Tensor, mask: Tensor | None, scale: float, softcap: float | None
     ) -> Tensor:
-        """`CompressedLayer._attend`, on unpacked slots."""
+        """`CompressedLayer.attend`, on unpacked slots."""
         self.unpack()
         try:
-            return super()._attend(module, query, mask, scale, softcap)
+            return super().attend(module, query, mask, scale, softcap)
         finally:
             if not any(layer is self for layer, _ in self.cache()._waiting):  # for `settle_together`
                 self.pack()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvrepro import evaluate, texts
+from kvrepro import evaluate, kernels, texts
 from kvrepro.cache import make_cache
 from kvrepro.decode import Decoder
 from kvrepro.experiments import across
@@ -422,7 +422,7 @@ def recommend(
     check(budgets, variants, setting)
     if tokenizer is None and (setting.needles or not isinstance(text, Tensor)):
         raise ValueError("a tokenizer is needed, but for a text of token ids with needles=0")
-    with torch.no_grad(), _released():
+    with torch.no_grad(), _released(), kernels.on(model.device):  # the clock's events are the current device's
         work = _Work(model, tokenizer, _passages(text, tokenizer, setting), budgets, variants, setting, progress)
         full, found, left_out = work.run()
     choices = []
@@ -616,7 +616,7 @@ class _Work:
         if isinstance(budget, int):
             return budget
         target = math.floor(budget * _layer_bytes(reference))
-        return across._largest_budget(self.model, variant, dataclasses.replace(reference, replayable=True), target)
+        return across.largest_budget(self.model, variant.method, variant.options, reference, target)
 
     def _retrieval(self) -> dict[Key | None, tuple[list[float], list[bool]]]:
         """Log-likelihood and exactness of each needle's answer, by budget and method; None is the full cache."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import kvrepro
 from kvrepro.adapter import cache_arguments
-from kvrepro.evaluate import full_reference
+from kvrepro.evaluate import continued, full_reference
 
 WINDOW, STRIDE = 24, 10
 
@@ -147,3 +147,40 @@ def test_fidelity_in_a_model_with_sliding_layers() -> None:
     again = kvrepro.fidelity(model, ids, "h2o", 16, context=30, continuation=8, chunk=30)
     torch.testing.assert_close(out.kl, again.kl, atol=1e-5, rtol=1e-4)
     assert float(out.kl[:, 1:].max()) > 0
+
+
+def test_fidelity_of_a_cache_that_has_read_the_context(model: PreTrainedModel) -> None:
+    """However the context was read, it is `fidelity`; a cache that has read something else is refused."""
+    ids = tokens(2, 40, seed=8)
+    sizes = {"context": 30, "continuation": 10}
+    reference = full_reference(model, ids, **sizes)
+    for chunk in (None, 9):
+        cache = kvrepro.make_cache(model, "weightedkv", 16)
+        first = kvrepro.prefill(model, ids[:, :30], cache, chunk=chunk).logits
+        found = continued(model, ids, cache, reference, first)
+        asked = kvrepro.fidelity(model, ids, "weightedkv", 16, chunk=chunk, **sizes)
+        for each in ("kl", "nll", "nll_full"):
+            torch.testing.assert_close(getattr(found, each), getattr(asked, each), atol=1e-6, rtol=1e-5)
+        assert (found.nbytes, found.nbytes_full) == (asked.nbytes, asked.nbytes_full)
+    other = kvrepro.make_cache(model, "weightedkv", 16)
+    kvrepro.prefill(model, ids[:, :25], other)
+    with pytest.raises(ValueError, match="has read 25 of 40 tokens.*the last 10"):
+        continued(model, ids, other, reference)
+
+
+def test_heads_that_fell_back_are_counted(model: PreTrainedModel) -> None:
+    """A text's, over heads and layers; nothing where a method does not count them."""
+    ids = tokens(2, 40, seed=9)
+    reference = full_reference(model, ids, context=30, continuation=10)
+    cache = kvrepro.make_cache(model, "attention_matching", 16)
+    assert cache.fallbacks is None
+    cache.plan(30)
+    cache.replay(reference.passes)
+    own = kvrepro.fidelity(model, ids, "attention_matching", 16, context=30, continuation=10, reference=reference)
+    assert torch.equal(own.fallbacks, sum(layer.slots.state["fallbacks"].sum(1) for layer in cache.compressed).long())
+    for number, layer in enumerate(cache.compressed):
+        layer.slots.state["fallbacks"] = torch.tensor([[0.0, 1.0], [number, 2.0]])
+    assert continued(model, ids, cache, reference).fallbacks.tolist() == [2, 5]  # of two layers
+    roomy = kvrepro.fidelity(model, ids, "attention_matching", None, context=30, continuation=10)
+    assert roomy.fallbacks.tolist() == [0, 0]
+    assert kvrepro.fidelity(model, ids, "d2o", 16, context=30, continuation=10).fallbacks is None

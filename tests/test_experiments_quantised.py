@@ -20,9 +20,9 @@ LABELS = ["h2o", "snapkv", "kvmerger(mass='attention')"]
 def small(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Record]]:
     """Measure on a tiny float32 model and random tokens; the text's name only has to exist."""
     measure_tiny(monkeypatch)
-    across._reference.cache_clear()
+    across.shared_reference.cache_clear()
     yield lambda *args, **more: quantised_slots.same_bytes("code", *args, 48, 8, 2, model="smollm2-135m", **more)
-    across._reference.cache_clear()
+    across.shared_reference.cache_clear()
 
 
 @pytest.mark.parametrize("residual", [0, 4])
@@ -61,6 +61,12 @@ def test_bytes_and_divergence_by_definition(small: Callable, residual: int) -> N
         assert extra["nll_full"] == pytest.approx(
             (-truth.gather(-1, ids[:, 48:, None])).mean((1, 2)).tolist(), rel=1e-3
         )
+
+
+def test_heads_that_fell_back_are_in_the_record(small: Callable) -> None:
+    fitted, evicted = small(["attention_matching", "h2o"], 8, 0.3)
+    assert len(fitted.value.extra["fallbacks"]) == 2 and fitted.value.extra["heads"] == 3 * 2  # layers, KV heads
+    assert not {"fallbacks", "heads"} & set(evicted.value.extra)
 
 
 def test_never_more_slots_than_tokens(small: Callable) -> None:

@@ -61,6 +61,17 @@ def test_side_by_side_is_as_one_by_one(tiny: PreTrainedModel, toy: Task, method:
             assert scored.slots == -(-prompt.shape[1] // 2)
 
 
+def test_heads_that_fell_back_are_counted_a_sample(tiny: PreTrainedModel, toy: Task) -> None:  # noqa: F811
+    """Side by side as one by one; only for methods that count them."""
+    for method, counted in (("attention_matching", True), ("h2o", False)):
+        new_cache = partial(kvrepro.make_cache, tiny, method, budget=0.5)
+        value = harness._loglik(Prompts(BENCH, toy), new_cache, None)
+        alone = harness._loglik(Prompts(BENCH, toy, rows=1), new_cache, None)
+        assert ("fallbacks" in value.extra) == counted
+        assert value.extra.get("fallbacks") == alone.extra.get("fallbacks")
+        assert not counted or len(value.extra["fallbacks"]) == len(toy.samples)
+
+
 def test_what_is_read_again_for_lack_of_memory_gives_the_same(
     tiny: PreTrainedModel,  # noqa: F811
     toy: Task,

@@ -25,7 +25,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Record]]:
 
     def forget() -> None:
         """Let go of what was read with another model."""
-        across._reference.cache_clear()
+        across.shared_reference.cache_clear()
         weightedkv._nll.cache_clear()
 
     forget()
@@ -198,6 +198,16 @@ def test_same_bytes_is_fidelity_at_that_budget(small: Callable) -> None:
     assert record.value.extra["nbytes"] == found.nbytes
     with pytest.raises(ValueError, match="between 0 and 1"):
         small(across.same_bytes, "h2o", 1.5, 64, 16, 2)
+
+
+def test_same_bytes_counts_heads_that_fell_back(small: Callable) -> None:
+    fitted, evicted = small(across.same_bytes, ["attention_matching", "h2o"], 0.5, 64, 16, 2)
+    model, ids = common._loaded("x", None, None), tokens(2, 80, seed=len("code"))
+    slots = fitted.value.extra["slots"]
+    found = kvrepro.fidelity(model, ids, "attention_matching", slots, context=64, continuation=16)
+    assert fitted.value.extra["fallbacks"] == found.fallbacks.tolist()
+    assert fitted.value.extra["heads"] == 3 * 2  # layers, KV heads
+    assert not {"fallbacks", "heads"} & set(evicted.value.extra)
 
 
 def test_reading_is_timed_in_turns_with_the_full_cache(small: Callable) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import shutil
 import socket
+import typing
 from pathlib import Path
 
 import pytest
@@ -333,3 +335,18 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.Mon
     assert "'somebody/something' cannot be loaded (OSError: We couldn't connect to 'https://huggingface.co')" in message
     assert "'smollm2-135m' (embedded)" in message
     assert "\n" not in message
+
+
+def test_type_checkers_know_when_there_is_a_tokenizer() -> None:
+    """With pretrained weights always, with random ones perhaps; all else the overloads take as the function does."""
+    taken = inspect.signature(load_model).parameters
+    signatures = [inspect.signature(overload) for overload in typing.get_overloads(load_model)]
+    found = {str(x.parameters["weights"].annotation): x.return_annotation for x in signatures}
+    assert found == {
+        "Literal['pretrained']": "tuple[GenerativeModel, PreTrainedTokenizerBase]",
+        "str": "tuple[GenerativeModel, PreTrainedTokenizerBase | None]",
+    }
+    for parameters in (x.parameters for x in signatures):
+        assert list(parameters) == list(taken)
+        for name in set(taken) - {"weights"}:
+            assert parameters[name] == taken[name]

@@ -83,17 +83,23 @@ def _same_bytes(bench: Bench, cell: Cell) -> Value:
 
     Returns:
         The mean over tokens and passages, its spread the standard error over passages; ``extra`` holds per passage
-        ``kl``, ``nll`` and ``nll_full`` (means over tokens, nats), and ``slots`` (the budget), ``nbytes`` and
-        ``target`` (bytes held by, and allowed to, all passages together).
+        ``kl``, ``nll`` and ``nll_full`` (means over tokens, nats), and ``slots`` (the budget), ``nbytes``, ``target``
+        and ``whole`` (bytes held by, allowed to, and of the full cache of all passages together); where the method
+        counts them, also :func:`fallbacks`.
+
+    Raises:
+        Skip: The model has layers that are no compressed layers, or layers that differ in size.
     """
     model, _ = bench.load()
     p = cell.params
     ids = bench.windows(cell.data, p["context"] + p["continuation"], p["passages"])
-    reference = _reference(bench, cell.data, p["context"], p["continuation"], p["passages"])
+    reference = shared_reference(bench, cell.data, p["context"], p["continuation"], p["passages"])
+    if not reference.replayable:
+        raise Skip("same_bytes takes models whose layers all have full attention, such as Llama or Qwen")
     notes = [note for layer in reference.passes for note in layer]
     whole = sum(x.numel() * x.element_size() for note in notes for x in (note.keys, note.values))
     target = math.floor(p["share"] * whole)
-    slots = _largest_budget(model, cell, reference, target)
+    slots = largest_budget(model, cell.method, cell.options, reference, target)
     sizes = {"context": p["context"], "continuation": p["continuation"]}
     found = evaluate.fidelity(model, ids, cell.method, slots, reference=reference, **sizes, **cell.options)
     if found.nbytes > target:
@@ -101,30 +107,59 @@ def _same_bytes(bench: Bench, cell: Cell) -> Value:
     kl, nll, nll_full = (x.double().mean(1) for x in (found.kl, found.nll, found.nll_full))  # [n]
     error = float(kl.std()) / len(kl) ** 0.5 if len(kl) > 1 else None
     extra = {"kl": kl, "nll": nll, "nll_full": nll_full, "slots": slots, "nbytes": found.nbytes, "target": target}
-    return Value(float(kl.mean()), error, len(kl), extra | {"whole": whole})
+    return Value(float(kl.mean()), error, len(kl), extra | {"whole": whole} | fallbacks(found, reference))
+
+
+def fallbacks(found: evaluate.Fidelity, reference: evaluate.Reference) -> dict[str, Any]:
+    """What a record says of heads that fell back to plain eviction; nothing for methods that do not count them.
+
+    Returns:
+        ``fallbacks``, per passage the number of heads that did, and ``heads``, the KV heads of all layers.
+    """
+    if found.fallbacks is None:
+        return {}
+    return {"fallbacks": found.fallbacks, "heads": sum(note.keys.shape[1] for (note,) in reference.passes)}
 
 
 @lru_cache(maxsize=1)
-def _reference(bench: Bench, text: str, context: int, continuation: int, n: int) -> evaluate.Reference:
-    """The passages read with the full cache, once for all methods and budgets (the last reading is kept)."""
+def shared_reference(bench: Bench, text: str, context: int, continuation: int, n: int) -> evaluate.Reference:
+    """The passages read with the full cache, once for all methods and budgets (the last reading is kept).
+
+    Args:
+        bench: The experiment.
+        text: Named text.
+        context: Tokens that are compressed.
+        continuation: Tokens that are predicted.
+        n: Passages.
+    """
     model, _ = bench.load()
     ids = bench.windows(text, context + continuation, n)
     return evaluate.full_reference(model, ids, context=context, continuation=continuation)
 
 
 @torch.no_grad()
-def _largest_budget(model: PreTrainedModel, cell: Cell, reference: evaluate.Reference, target: int) -> int:
-    """Slots per head and layer that fit into ``target`` bytes, from what one layer of this method holds.
+def largest_budget(
+    model: PreTrainedModel, method: str, options: Mapping[str, Any], reference: evaluate.Reference, target: int
+) -> int:
+    """The slots per head and layer that fit into a number of bytes, from what one layer holds of the context.
+
+    Args:
+        model: A prepared model.
+        method: The method.
+        options: Its options.
+        reference: A text read with the full cache.
+        target: Bytes that the compressed layers may hold.
+
+    Returns:
+        At least 1 and at most twice the context's tokens, which a pyramid's mean may exceed.
 
     Raises:
-        Skip: The model has layers that are no compressed layers.
+        ValueError: Half of the context's tokens leave the method no room.
     """
-    if not reference.replayable:
-        raise Skip("same_bytes takes models whose layers all have full attention, such as Llama or Qwen")
     layers = len(reference.passes)
     note = reference.passes[layers // 2][0]
     rows, heads, context, _ = note.keys.shape
-    cache = make_cache(model, cell.method, context // 2, **cell.options)
+    cache = make_cache(model, method, context // 2, **options)
     cache.plan(context)
     layer = cache.compressed[layers // 2]
     layer.update(note.keys, note.values)
@@ -135,10 +170,10 @@ def _largest_budget(model: PreTrainedModel, cell: Cell, reference: evaluate.Refe
 
     def needed(budget: int) -> float:
         """Bytes of all layers; a running threshold, 4 bytes a head, may join the slots in later passes."""
-        method = cache.method.resolve(budget)
-        sizes = [method.layer_budget(budget, each, layers) for each in range(layers)]
+        resolved = cache.method.resolve(budget)
+        sizes = [resolved.layer_budget(budget, each, layers) for each in range(layers)]
         slots = sum(context if size is None else min(size, context) for size in sizes)
-        return slots * per_slot + layers * (method.window_of(budget) * per_query + 4 * rows * heads)
+        return slots * per_slot + layers * (resolved.window_of(budget) * per_query + 4 * rows * heads)
 
     budget = 2 * context  # a pyramid's upper layers may have room when its lower ones hold everything
     while budget > 1 and needed(budget) > target:
@@ -213,7 +248,7 @@ def _read_once(
     model: PreTrainedModel, ids: Tensor, method: str, budget: int | float | None, options: Mapping[str, Any]
 ) -> float:
     """Seconds to read `ids` ``[n, L]`` into an empty cache."""
-    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, model.device) if model.device.type == "cuda" else lambda: None
     cache = make_cache(model, method, budget, **options)
     wait()
     start = time.perf_counter()

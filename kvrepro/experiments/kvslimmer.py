@@ -302,7 +302,7 @@ def _in_turn(
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """Wall time of ``run()``, the device's queue emptied before and after."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sync = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     sync()
     start = time.perf_counter()
     run()

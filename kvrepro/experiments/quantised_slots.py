@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from kvrepro.adapter import cache_arguments
+from kvrepro import evaluate
 from kvrepro.cache import CompressedCache, CompressedLayer, Pass, make_cache
 from kvrepro.experiments import across
 from kvrepro.experiments.common import Bench, as_list, parse_variants
@@ -99,15 +97,16 @@ def _same_bytes(bench: Bench, cell: Cell) -> Value:
     Returns:
         The mean over tokens and passages, its spread the standard error over passages; ``extra`` holds per passage
         ``kl``, ``nll`` and ``nll_full`` (means over tokens, nats), and ``slots`` (the budget), ``nbytes``, ``target``
-        and ``whole`` (bytes held by, allowed to, and of the full cache of all passages together).
+        and ``whole`` (bytes held by, allowed to, and of the full cache of all passages together); where the method
+        counts them, also :func:`kvrepro.experiments.across.fallbacks`.
 
     Raises:
         Skip: The model has layers that are no compressed layers, or the bytes are too few.
     """
     model, _ = bench.load()
     p = cell.params
-    ids = bench.windows(cell.data, p["context"] + p["continuation"], p["passages"]).to(model.device)
-    reference = across._reference(bench, cell.data, p["context"], p["continuation"], p["passages"])
+    ids = bench.windows(cell.data, p["context"] + p["continuation"], p["passages"])
+    reference = across.shared_reference(bench, cell.data, p["context"], p["continuation"], p["passages"])
     if not reference.replayable:
         raise Skip("this takes models whose layers all have full attention, such as Llama or Qwen")
     whole = sum(2 * (x.keys.numel() + x.values.numel()) for notes in reference.passes for x in notes)
@@ -119,20 +118,11 @@ def _same_bytes(bench: Bench, cell: Cell) -> Value:
     nbytes = sum(_bytes(layer) for layer in cache.compressed)
     if nbytes > target:
         raise Skip(f"{slots} slots should fit into {target:,} bytes and take {nbytes:,}: layers differ in size")
-    cache.freeze()
-    rest = model(input_ids=ids[:, p["context"] : -1], **cache_arguments(model, cache)).logits
-    logits = torch.cat([reference.logits[:, :1], rest], dim=1)
-    truth, found = (log_softmax(x.float(), dim=-1) for x in (reference.logits, logits))
-    kl = kl_div(found, truth, reduction="none", log_target=True).sum(-1).double().mean(1).cpu()  # [n]
-    nll, nll_full = (_nll(x, ids[:, p["context"] :]) for x in (found, truth))
+    found = evaluate.continued(model, ids, cache, reference)
+    kl, nll, nll_full = (x.double().mean(1) for x in (found.kl, found.nll, found.nll_full))  # [n]
     error = float(kl.std()) / len(kl) ** 0.5 if len(kl) > 1 else None
     extra = {"kl": kl, "nll": nll, "nll_full": nll_full, "slots": slots, "nbytes": nbytes, "target": target}
-    return Value(float(kl.mean()), error, len(kl), extra | {"whole": whole})
-
-
-def _nll(log_p: Tensor, target: Tensor) -> Tensor:
-    """``[n]``: mean negative log-likelihood of tokens ``[n, T]`` from log-probabilities ``[n, T, V]``."""
-    return cross_entropy(log_p.transpose(1, 2), target, reduction="none").double().mean(1).cpu()
+    return Value(float(kl.mean()), error, len(kl), extra | {"whole": whole} | across.fallbacks(found, reference))
 
 
 def _cache(model: PreTrainedModel, cell: Cell, slots: int) -> CompressedCache:

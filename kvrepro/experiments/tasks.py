@@ -317,7 +317,8 @@ def _loglik(prompts: Prompts, new_cache: Callable[[], kvrepro.CompressedCache], 
         The value is the mean, nats per token, its spread the standard error over samples. ``extra`` has, a sample,
         ``ids``, ``documents``, ``loglik``, ``exact`` (1 where greedy decoding begins with the answer, the cache no
         longer compressed while it is read), ``tokens`` of the prompt, and ``slots``: what a head holds of it, mean over
-        layers.
+        layers. Where the method counts it also ``fallbacks``: how often a head of any layer fell back to plain
+        eviction.
     """
     found = score_references(prompts, new_cache, chunk)
     extra = {
@@ -326,6 +327,8 @@ def _loglik(prompts: Prompts, new_cache: Callable[[], kvrepro.CompressedCache], 
         "tokens": [each.tokens for each in found],
         "slots": [each.slots for each in found],
     }
+    if found[0].fallbacks is not None:
+        extra["fallbacks"] = [each.fallbacks for each in found]
     return _value(extra["loglik"], prompts.task, extra)
 
 

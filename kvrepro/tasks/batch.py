@@ -76,12 +76,14 @@ class Scored:
         exact: whether each token is the likeliest one: exactly then greedy decoding begins with the answer.
         tokens: of the prompt.
         slots: slots that a head holds of the prompt, mean over layers.
+        fallbacks: how often a head of any layer fell back to plain eviction; None for methods that do not count it.
     """
 
     loglik: float
     exact: bool
     tokens: int
     slots: float
+    fallbacks: int | None = None
 
 
 @lru_cache(maxsize=1)
@@ -171,9 +173,11 @@ def score_references(
     found: dict[int, Scored] = {}
     for group, cache, first in compressed(prompts, new_cache, chunk):
         held = [float((layer.cardinality > 0).sum(-1).float().mean()) for layer in cache.compressed]
+        counts = cache.fallbacks
+        fallen = [None] * len(group.places) if counts is None else counts.tolist()
         cache.freeze()
         for row, scored in enumerate(_answers(model, cache, first, group.references)):
-            found[group.places[row]] = Scored(*scored, group.ids.shape[1], sum(held) / len(held))
+            found[group.places[row]] = Scored(*scored, group.ids.shape[1], sum(held) / len(held), fallen[row])
     return [found[place] for place in range(len(prompts.task.samples))]
 
 
