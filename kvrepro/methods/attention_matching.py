@@ -100,7 +100,7 @@ class AttentionMatching(Method):
     fitted: int = option(256, "ours: of these, those that biases and values are fitted to, spread evenly over them")
     ahead: int = option(128, "ours: they stand at the next 128 positions, in turns")
     window: int | None = option(None, "ours: reference queries while decoding; None is budget / 16, at most 32")
-    rounds: int = option(30, "ours: rounds at most of the fit of biases; 0 fits none")
+    rounds: int = option(10, "ours: rounds at most of the fit of biases; 0 fits none")
     ridge: float = option(
         0.01,
         "ours: the least ridge, as a share of a slot's mean square of attention; a head takes it, 10 or 100 times it, "
