@@ -2,8 +2,9 @@
 
 Run from the repository's root on a machine with two GPUs: ``python -m benchmarks.check_devices``. It prints a line for
 each method and place. The model has the shape of Llama-2-13B and random weights; accelerate puts layers and rotary
-embedding where they go, as ``device_map="auto"`` does. It runs in float32 (52 GB of weights): in bfloat16 the likeliest
-tokens of random weights are so close that the two ways to write already differ on one GPU.
+embedding where they go, as ``device_map="auto"`` does. It runs in float32 (52 GB of weights), so that a token is not
+chosen by rounding. ``model.generate`` over a prompt that was read but for its last token compresses at other points than
+``kvrepro.generate`` does, so each is compared with itself on the first GPU.
 """
 
 from __future__ import annotations
