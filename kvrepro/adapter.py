@@ -183,7 +183,7 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} does not use transformers' attention interface, its cache cannot be compressed; "
             "use a family that does, such as Llama, Mistral, Qwen2, Qwen3 or Gemma 3"
         )
-    cache_keyword(model)
+    cache_keyword(model)  # refuses a model that takes no cache
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_function)
     model.set_attn_implementation(NAME)
