@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kvrepro
 from kvrepro import fit, methods
+from kvrepro.adapter import cache_arguments
 from kvrepro.attention import Step, attend
 from kvrepro.methods.attention_matching import BASES
 from kvrepro.rope import Rotation
@@ -291,7 +292,7 @@ def test_a_row_that_still_fits_waits(keys: str) -> None:
     cache = kvrepro.make_cache(model, "attention_matching", 30, keys=keys, block=6)
     with torch.no_grad():
         for at in range(31):  # one token at a time: the first row overflows, the second has one slot less
-            model(ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=cache, use_cache=True)
+            model(ids[:, at : at + 1], attention_mask=mask[:, : at + 1], **cache_arguments(model, cache))
     (layer,) = cache.compressed
     assert layer.slots.valid.sum(-1).tolist() == [[25, 25], [29, 29]]
     assert layer.positions[1, 0].tolist()[-29:] == list(range(29))

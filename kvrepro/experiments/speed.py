@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 import kvrepro
 from kvrepro import methods as registry
 from kvrepro import models
-from kvrepro.adapter import prepare
+from kvrepro.adapter import cache_arguments, prepare
 from kvrepro.cache import CompressedCache
 from kvrepro.decode import Decoder
 from kvrepro.experiments.common import Job, Variant, as_list, parse_variants
@@ -341,7 +341,7 @@ def _read_plain(model: PreTrainedModel, ids: Tensor) -> DynamicCache:
     """Read a prompt ``[B, L]`` as transformers does, at once."""
     cache = DynamicCache(config=model.config)
     with as_transformers(model):
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, logits_to_keep=1, **cache_arguments(model, cache))
     return cache
 
 
@@ -773,7 +773,7 @@ def _loop(model: PreTrainedModel, cache: Any, rows: int, steps: int, ids: Tensor
     plain = not isinstance(cache, CompressedCache)
     with as_transformers(model) if plain else nullcontext():
         for _ in range(steps):
-            logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=token, logits_to_keep=1, **cache_arguments(model, cache)).logits
             token = logits[:, -1:].argmax(dim=-1)
             clock.mark()
     return clock
