@@ -3,8 +3,8 @@
 Run from the repository's root on a machine with two GPUs: ``python -m benchmarks.check_devices``. It prints a line for
 each method and place. The model has the shape of Llama-2-13B and random weights; accelerate puts layers and rotary
 embedding where they go, as ``device_map="auto"`` does. It runs in float32 (52 GB of weights), so that a token is not
-chosen by rounding. ``model.generate`` over a prompt that was read but for its last token compresses at other points than
-``kvrepro.generate`` does, so each is compared with itself on the first GPU.
+chosen by rounding. ``model.generate``, given a prompt that was read but for its last token, compresses at other points
+than ``kvrepro.generate`` does, so each is compared with itself on the first GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("weightedkv", {}),
     ("kvmerger", {}),
     ("kvslimmer", {}),
-    ("asymkv", {}),
+    ("asymkv", {"fisher": "forward"}),  # its loss's gradient differs from run to run, on one GPU too
 ]
 
 

@@ -106,7 +106,8 @@ def check_methods(device: torch.device) -> Iterator[tuple[str, bool, str]]:
             step = dataclasses.replace(
                 step, window_queries=step.queries[..., -window:, :], window_positions=step.query_positions[:, -window:]
             )
-        slots = dataclasses.replace(slots, stats={k: x for k, x in slots.stats.items() if k in method.accumulates})
+        none = torch.zeros_like(slots.positions, dtype=torch.float32)
+        slots = dataclasses.replace(slots, stats={name: slots.stats.get(name, none) for name in method.accumulates})
         with warnings.catch_warnings(), twins():
             warnings.simplefilter("ignore")
             want = method.compress(slots, BUDGET, step)

@@ -14,7 +14,7 @@ import yaml
 #: What a profile is for, in order of cost.
 PROFILES = {
     "smoke": "every page at its smallest: minutes on two CPU cores, for tests",
-    "quick": "every page on the embedded model, about 20 minutes on two CPU cores: the default without a GPU",
+    "quick": "every page on the embedded model, about 12 minutes on two CPU cores: the default without a GPU",
     "gpu": "one GPU: every figure on the embedded model, efficiency at the papers' model shapes: the default with one",
     "paper": "the papers' own models and datasets, from the Hugging Face hub: one large GPU, hours to days",
 }
