@@ -26,7 +26,7 @@ class AttentionMatching(Oracle):
         fitted: int = 256,
         ahead: int = 128,
         window: int = 2,
-        rounds: int = 30,
+        rounds: int = 10,
         ridge: float = 0.01,
         block: int = 1,
         base: Oracle | None = None,
