@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class Step:
         gradients: `[B, H_kv, S, d]`, the loss's gradient by each slot's unrotated key, where one was taken.
         view: what the kernels read when the pass attended, where they did the work.
         behind: the queries are not the newest slots' own but stand behind all slots, and see them all.
+        rooms: `[B, H_kv]` int32, the slots that each head may hold, where a method gave them different numbers.
+        found: what the method noted of the pass when the layer had to wait for the others (`Method.waiting`).
     """
 
     queries: Tensor
@@ -60,6 +63,8 @@ class Step:
     gradients: Tensor | None = None
     view: View | None = None
     behind: bool = False
+    rooms: Tensor | None = None
+    found: Any = None
 
     def shift(self, slots: Slots) -> Tensor | None:
         """`[B, H_kv, S]`: by how many positions each slot is moved when it is read, None where none is.

@@ -18,7 +18,7 @@ from kvrepro.adapter import is_prepared, prepare, tag
 from kvrepro.attention import Step, attend, look
 from kvrepro.methods.base import Method
 from kvrepro.rope import Rotation, find_rotation
-from kvrepro.slots import Slots
+from kvrepro.slots import FlatSlots, Slots, flatten
 from kvrepro.static import StaticSlots, thaw
 
 _UNREACHED = (
@@ -31,9 +31,10 @@ class CompressedLayer(CacheLayerMixin):
     """One layer's slots, held to its budget after every forward pass.
 
     Attributes:
-        slots: what is held, None before the first token.
         static: the slots in fixed storage instead, while a `Decoder` is at work.
-        budget: slots a head may hold; None is unlimited; set when the prompt's length is known.
+        budget: slots a head may hold, the mean over heads where they differ; None is unlimited; set when the prompt's
+            length is known.
+        rooms: `[B, H_kv]` int32, the slots each head may hold, where the method has given heads different numbers.
         seen: tokens seen, padding included.
         row_tokens: `[B]` int32, tokens seen of each row, padding not counted.
         window: the last queries `[B, H_kv, G, w, d]` and their positions `[B, w]`, for methods with a window.
@@ -95,8 +96,9 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.slots: Slots | None = None
         self.budget: int | None = None
+        self.rooms: Tensor | None = None
+        self.slots = None
         self.static: StaticSlots | None = None
         self.seen = 0
         self.row_tokens: Tensor | None = None
@@ -139,13 +141,41 @@ class CompressedLayer(CacheLayerMixin):
 
     def _map(self, function: Any) -> None:
         """Apply `function` to every tensor held."""
-        if self.slots is not None:
-            self.slots = self.slots.map(function)
+        if self.rooms is not None:
+            self.rooms = function(self.rooms)
+        slots = self.slots
+        if slots is not None:
+            self.slots = slots.map(function)
             self.row_tokens = function(self.row_tokens)
         if self.window is not None:
             self.window = (function(self.window[0]), function(self.window[1]))
 
     # --- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> Slots | None:
+        """What is held, None before the first token; heads that hold fewer slots than others have empty ones in front.
+
+        What is stored has none: a layer whose heads may hold different numbers of slots takes no bytes for them.
+        """
+        return self._slots.spread() if isinstance(self._slots, FlatSlots) else self._slots
+
+    @slots.setter
+    def slots(self, slots: Slots | None) -> None:
+        self._slots: Slots | FlatSlots | None = slots if slots is None or self.rooms is None else flatten(slots)
+
+    def fill(self, slots: Slots) -> int:
+        """Slots a head holds; where each has its own room, the budget and what the fullest one has beyond it."""
+        if self.rooms is None:
+            return slots.size
+        return self.budget + int((slots.valid.sum(dim=2) - self.rooms).max())
+
+    def give(self, share: int | Tensor) -> None:
+        """Set what the heads may hold: all the same, or `[B, H_kv]` int32 each its own, with `budget` as their mean."""
+        if isinstance(share, int):
+            self.budget = share
+        else:
+            self.rooms = share
 
     @property
     def held(self) -> Slots | None:
@@ -185,9 +215,9 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes held, side vectors and the observation window included."""
-        window = 0 if self.window is None else sum(x.numel() * x.element_size() for x in self.window)
-        slots = self.slots if self.static is None else self.static
-        return window + (0 if slots is None else slots.nbytes)
+        others = (*(self.window or ()), *(() if self.rooms is None else (self.rooms,)))
+        slots = self._slots if self.static is None else self.static
+        return sum(x.numel() * x.element_size() for x in others) + (0 if slots is None else slots.nbytes)
 
     @property
     def fallbacks(self) -> Tensor | None:
@@ -232,12 +262,13 @@ class CompressedLayer(CacheLayerMixin):
         self._arrived = None
         if self.record is not None:
             self.record.append(Pass(module, keys, values, query, mask, scale, softcap))
-        if self.slots is None:
+        before = self.slots
+        if before is None:
             self.cache().check_model(module)
             self.module = weakref.ref(module)
             self.cache().plan(query.shape[2])
         new, positions = self._new_slots(keys, values, mask)
-        slots = new if self.slots is None else self.slots.append(new)
+        slots = new if before is None else before.append(new)
         step = self._remember(self._step(query, positions, scale, softcap, keys.shape[1]))
         if self.probe is not None:
             return self.probe.attend(self, slots, step)
@@ -250,25 +281,27 @@ class CompressedLayer(CacheLayerMixin):
         self.row_tokens = self.row_tokens + arrived
         self._since += query.shape[2]
         self.is_initialized = True
-        self.slots = slots
-        if self.active:
-            self.slots = self.method.accumulate(slots, found, step)
-            self._settle(step)
+        self._settle(self.method.accumulate(slots, found, step) if self.active else slots, step)
         return out.flatten(1, 2)
 
-    def _settle(self, step: Step) -> None:
-        """Compress if it is due; methods that share slots among layers do so after the last layer."""
-        if self.method.shares_layers and not self.cache().split:
+    def _settle(self, slots: Slots, step: Step) -> None:
+        """Store the slots, compressed if it is due; where all layers share slots, after the last one has attended."""
+        arrived = step.queries.shape[3]
+        if self.active and self.method.shares_at(arrived) and not self.cache().split:
+            self.slots = slots
             self.cache().settle_together(self, step)
-        elif self.method.due(self.slots.size, self.budget, step.queries.shape[3], self._since):
-            self.compress(step)
+        elif self.active and self.method.due(self.fill(slots), self.budget, arrived, self._since):
+            self.compress(slots, step)
+        else:
+            self.slots = slots
 
-    def compress(self, step: Step) -> None:
-        """Bring the slots to the budget."""
-        self.slots = self.method.compress(self.slots, self.budget, step)
+    def compress(self, slots: Slots, step: Step) -> None:
+        """Store the slots, brought to the budget."""
+        left = self.method.compress(slots, self.budget, step)
         self._since = 0
-        if self.method.bounded and self.slots.size > self.budget:
-            raise RuntimeError(f"{self.method.name} left {self.slots.size} slots with a budget of {self.budget}")
+        if self.method.bounded and self.fill(left) > self.budget:
+            raise RuntimeError(f"{self.method.name} left {self.fill(left)} slots with a budget of {self.budget}")
+        self.slots = left
 
     def _new_slots(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Slots, Tensor]:
         """Slots for the tokens that arrived, and the query positions `[B, n]` (-1 for padding)."""
@@ -307,6 +340,7 @@ class CompressedLayer(CacheLayerMixin):
             layer=self.layer,
             layers=self.layers,
             budget=self.budget or 0,
+            rooms=self.rooms,
         )
 
     @property
@@ -467,15 +501,19 @@ class CompressedCache(Cache):
         """On the first overflow, once the last layer has attended, let the method split the slots among the layers."""
         if layer.slots.size <= layer.budget:
             return
-        self._waiting.append((layer, step))
+        self._waiting.append((layer, layer.method.waiting(layer.slots, layer.budget, step)))
         if layer is not [each for each in self.compressed if each.budget is not None][-1]:
             return
         waiting, self._waiting, self.split = self._waiting, [], True
-        budgets = self.method.split([each.slots for each, _ in waiting], layer.budget)
-        for (each, its_step), budget in zip(waiting, budgets, strict=True):
-            each.budget = budget
-            if each.slots.size > budget:
-                each.compress(dataclasses.replace(its_step, budget=budget))
+        layers, steps = [each for each, _ in waiting], [its_step for _, its_step in waiting]
+        shares = layer.method.split([each.slots for each in layers], steps, layer.budget)
+        for each, its_step, share in zip(layers, steps, shares, strict=True):
+            slots = each.slots
+            each.give(share)
+            if each.fill(slots) > each.budget:
+                each.compress(slots, dataclasses.replace(its_step, budget=each.budget, rooms=each.rooms))
+            else:
+                each.slots = slots
 
     def freeze(self) -> None:
         """Stop compressing: what comes next is appended. For measuring a prompt that was compressed once."""

@@ -124,7 +124,7 @@ class _Appended:
     def __init__(self, layer: CompressedLayer, newest: Tensor, room: int) -> None:
         """Move the layer's slots into fixed storage."""
         self.layer = layer
-        self._size = layer.slots.size
+        self._size = layer.fill(layer.slots)
         self._leaves = _leaves(layer)
         self._window = _Ring(layer) if layer.width else None
         layer.static = _freeze(layer, StepRule("none"), newest, room)
@@ -155,7 +155,7 @@ class _Appended:
     def _compress(self, query: Tensor, scale: float, softcap: float | None) -> None:
         """Compress the storage, full now, into itself; nothing here changes what the host keeps from step to step."""
         layer, static = self.layer, self.layer.static
-        step = layer._step(query, static.newest[:, None], scale, softcap, static.keys.shape[1])
+        step = layer._step(query, static.newest[:, None], scale, softcap, static.free.shape[1])
         if self._window is not None:
             queries, places = self._window.in_order()
             step = dataclasses.replace(step, window_queries=queries, window_positions=places)
@@ -179,8 +179,8 @@ class _Appended:
         layer = self.layer
         if layer.static is not None:
             self._size, layer._since = (self._leaves, 0) if self.due else (self._size + 1, layer._since + 1)
-        elif _way(layer) is _Appended and layer.slots.size < self._storage.size:
-            self._size, self._leaves = layer.slots.size, _leaves(layer)
+        elif _way(layer) is _Appended and (layer.rooms is not None or layer.slots.size < self._storage.size):
+            self._size, self._leaves = layer.fill(layer.slots), _leaves(layer)
             refill(self._storage, layer.slots, by_tokens=layer.method.positions == "cardinality")
             layer.slots, layer.static = None, self._storage
             if self._window is not None:
@@ -271,9 +271,9 @@ def _way(layer: CompressedLayer) -> type[_Held]:
     ruled = countable and not layer.width and method.positions != "cardinality" and _stands(method, "step_rule")
     if ruled and method.step_rule(layer.budget) is not None:
         return _InPlace
-    if method.shares_layers and not layer.cache().split:
+    if method.shares_at(1) and not layer.cache().split:
         return _Plain
-    steady = method.bounded and _stands(method, "steady") and method.steady(layer.budget)
+    steady = layer.rooms is None and method.bounded and _stands(method, "steady") and method.steady(layer.budget)
     if steady and (layer.slots.size >= layer.budget or not countable):
         return _CopiedBack
     return _Appended if countable else _Plain
@@ -282,7 +282,8 @@ def _way(layer: CompressedLayer) -> type[_Held]:
 def _leaves(layer: CompressedLayer) -> int | None:
     """Slots that the layer's compressions leave (`Method.leaves`); None without that promise, or with empty slots."""
     method, slots = layer.method, layer.slots
-    count = method.leaves(layer.budget) if method.bounded and _stands(method, "leaves") else None
+    fixed = layer.rooms is None and method.bounded and _stands(method, "leaves")
+    count = method.leaves(layer.budget) if fixed else None
     empty = count is not None and slots.ragged and not bool(slots.valid.all())
     return None if empty else count
 
@@ -310,7 +311,11 @@ def _freeze(layer: CompressedLayer, rule: StepRule, newest: Tensor, room: int) -
     method, slots = layer.method, layer.slots
     most = slots.size + room
     bounded = layer.active and method.bounded
-    budget = layer.budget if bounded else most
+    budget = most
+    if layer.rooms is not None:
+        budget = layer.rooms if bounded else (slots.valid.sum(dim=2) + room).to(torch.int32)
+    elif bounded:
+        budget = layer.budget
     return freeze_shape(
         slots,
         budget,
@@ -318,7 +323,8 @@ def _freeze(layer: CompressedLayer, rule: StepRule, newest: Tensor, room: int) -
         newest,
         tuple(name for name in SIDES if name in slots.stats),
         None if method.positions == "original" else layer.rotation,
-        room=min(most, budget),
+        room=None if layer.rooms is not None else min(most, budget),
+        steps=room,
         by_tokens=method.positions == "cardinality",
         biased=method.cardinality_bias,
         counting=layer.active,

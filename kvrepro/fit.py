@@ -66,7 +66,13 @@ def best_values(p: Tensor, target: Tensor, start: Tensor, ridges: Sequence[float
 
 
 def fit_values(
-    p: Tensor, target: Tensor, start: Tensor | None, ridges: Sequence[float] = RIDGES, *, dual: bool | None = None
+    p: Tensor,
+    target: Tensor,
+    start: Tensor | None,
+    ridges: Sequence[float] = RIDGES,
+    *,
+    filled: Tensor | None = None,
+    dual: bool | None = None,
 ) -> ValueFit:
     """:func:`best_values`, with what they gain on the held-out queries.
 
@@ -75,6 +81,7 @@ def fit_values(
         target: See :func:`best_values`.
         start: See :func:`best_values`; None is 0.
         ridges: See :func:`best_values`.
+        filled: ``[B, H_kv]``, slots that hold something, where some do not: columns of zeros in P. None: all do.
         dual: Solve for the queries instead of the slots; None does where they are fewer.
 
     Returns:
@@ -86,7 +93,8 @@ def fit_values(
         rest = rest - mixed(p, start)
     dual = p.shape[2] * p.shape[3] < p.shape[4] if dual is None else dual
     parts = [x[:, :, :, part].flatten(2, 3) for part in _halves(p) for x in (p, rest)]
-    change, gain = (_dual if dual else _primal)(*parts, ridges)
+    columns = max(1, p.shape[4]) if filled is None else filled.clamp_min(1)
+    change, gain = (_dual if dual else _primal)(*parts, ridges, columns)
     return ValueFit(change if start is None else start + change, gain)
 
 
@@ -96,7 +104,9 @@ def _halves(p: Tensor) -> tuple[slice, slice]:
     return slice(half), slice(half, None)
 
 
-def _primal(p: Tensor, rest: Tensor, judge: Tensor, wanted: Tensor, ridges: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _primal(
+    p: Tensor, rest: Tensor, judge: Tensor, wanted: Tensor, ridges: Sequence[float], columns: int | Tensor
+) -> tuple[Tensor, Tensor]:
     """The change of the values ``[B, H, S, d]``, and what it gains ``[B, H]``, by systems of S equations.
 
     Args:
@@ -105,32 +115,35 @@ def _primal(p: Tensor, rest: Tensor, judge: Tensor, wanted: Tensor, ridges: Sequ
         judge: ``[B, H, M', S]``, attention of the held-out queries.
         wanted: ``[B, H, M', d]``, what their outputs lack.
         ridges: Ridges to choose from.
+        columns: Number of columns of P that count, one for all or ``[B, H]``.
     """
     gram, moment = p.mT @ p, p.mT @ rest
     judges, wishes = judge.mT @ judge, judge.mT @ wanted
 
     def missed(ridge: Tensor) -> Tensor:
         """``[R, B, H]``: the held-out error with each ridge ``[R, B, H]``, less what is the same for all."""
-        change = ridge_solution(gram, moment, ridge)
+        change = ridge_solution(gram, moment, ridge, columns)
         return (change * (judges @ change - 2 * wishes)).sum((-2, -1))
 
     ridge, gain = _chosen(missed, ridges, gram)
-    return ridge_solution(gram + judges, moment + wishes, ridge), gain
+    return ridge_solution(gram + judges, moment + wishes, ridge, columns), gain
 
 
-def _dual(p: Tensor, rest: Tensor, judge: Tensor, wanted: Tensor, ridges: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _dual(
+    p: Tensor, rest: Tensor, judge: Tensor, wanted: Tensor, ridges: Sequence[float], columns: int | Tensor
+) -> tuple[Tensor, Tensor]:
     """:func:`_primal` by systems of as many equations as there are queries: X = P'(PP' + r)^-1 R."""
     every = torch.cat([p, judge], 2)
-    products, slots, first = every @ every.mT, every.shape[-1], p.shape[2]
+    products, first = every @ every.mT, p.shape[2]
     own, across = products[:, :, :first, :first], products[:, :, first:, :first]
 
     def missed(ridge: Tensor) -> Tensor:
         """As in :func:`_primal`."""
-        found = across @ ridge_solution(own, rest, ridge, slots)  # [R, B, H, M', d]
+        found = across @ ridge_solution(own, rest, ridge, columns)  # [R, B, H, M', d]
         return (found * (found - 2 * wanted)).sum((-2, -1))
 
     ridge, gain = _chosen(missed, ridges, own)
-    return every.mT @ ridge_solution(products, torch.cat([rest, wanted], 2), ridge, slots), gain
+    return every.mT @ ridge_solution(products, torch.cat([rest, wanted], 2), ridge, columns), gain
 
 
 def _chosen(missed: Callable[[Tensor], Tensor], ridges: Sequence[float], gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,21 +155,22 @@ def _chosen(missed: Callable[[Tensor], Tensor], ridges: Sequence[float], gram: T
     return offered.gather(0, index)[0].masked_fill(least[0].isinf(), 0.0), -least[0]
 
 
-def ridge_solution(gram: Tensor, moment: Tensor, ridge: Tensor, columns: int | None = None) -> Tensor:
+def ridge_solution(gram: Tensor, moment: Tensor, ridge: Tensor, columns: int | Tensor | None = None) -> Tensor:
     """The X that minimises |P X - O|^2 + r |X|^2, by Cholesky; NaN where there is no factorisation.
 
     Args:
         gram: ``[..., S, S]``, P'P.
         moment: ``[..., S, d]``, P'O.
         ridge: ``[..., ]`` or with more dimensions in front, r as a share of the mean of the diagonal of P'P.
-        columns: Number of P's columns, where ``gram`` is PP' and ``moment`` O; the solution A is then to be read as
-            X = P'A. None where it is P'P.
+        columns: Number of P's columns that count, one for all or ``[..., ]``; None is the size of P'P. It must be given
+            where ``gram`` is PP' and ``moment`` O; the solution A is then to be read as X = P'A.
 
     Returns:
         ``[..., S, d]``, with the dimensions of ``ridge`` in front.
     """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # PP' and P'P have the same
-    size = (trace / (columns or max(1, gram.shape[-1]))).clamp_min(torch.finfo(gram.dtype).tiny)
+    count = max(1, gram.shape[-1]) if columns is None else columns
+    size = (trace / count).clamp_min(torch.finfo(gram.dtype).tiny)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + (ridge * size)[..., None, None] * eye)
     solved = (failed == 0).to(gram.dtype)[..., None, None]

@@ -367,13 +367,19 @@ def quantise(cache: CompressedCache, bits: int = 8, *, group: int | None = None,
         fixed storage is in the model's type, refuse it where a method would use that.
 
     Raises:
-        ValueError: bits, group or residual that are not valid; a cache that is not compressed, not empty, or quantised.
+        ValueError: bits, group or residual that are not valid; a cache that is not compressed, not empty, or quantised;
+            a method that gives heads different numbers of slots.
     """
     if not isinstance(cache, CompressedCache):
         raise ValueError(f"a {type(cache).__name__} cannot be quantised here; give a cache from kvrepro.make_cache")
     if isinstance(cache, QuantisedCache):
         raise ValueError(
             f"this cache is quantised already, with bits={cache.form.bits}; make a new one with make_cache"
+        )
+    if cache.method.shares_heads:
+        raise ValueError(
+            f"{cache.method.name} gives heads different numbers of slots, which a quantised cache cannot hold without "
+            "empty ones; make the cache with heads='same'"
         )
     if cache.get_seq_length() or any(layer.budget is not None for layer in cache.compressed):
         raise ValueError("this cache has begun to read; quantise an empty one, as make_cache returns it")

@@ -109,6 +109,63 @@ class Slots:
         )
 
 
+@dataclass(frozen=True)
+class FlatSlots:
+    """Slots one head after another, without the empty ones: how a layer holds heads of different numbers of slots.
+
+    Attributes:
+        rows: the filled slots, N of all rows and heads: keys `[N, d]`, values `[N, d_v]`, all vectors `[N]`.
+        count: `[B, H_kv]` int32, how many of them are each head's.
+        size: the most a head has.
+    """
+
+    rows: Slots
+    count: Tensor
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        return self.rows.nbytes + self.count.numel() * self.count.element_size()
+
+    def spread(self) -> Slots:
+        """The slots `[B, H_kv, size, ...]`, each head's behind its empty ones."""
+        place = torch.arange(self.size, device=self.count.device)
+        filled = place >= self.size - self.count.unsqueeze(-1)
+
+        def wide(x: Tensor, fill: int = 0) -> Tensor:
+            """Of `[N, ...]`."""
+            out = x.new_full((*filled.shape, *x.shape[1:]), fill)
+            out[filled] = x
+            return out
+
+        rows = self.rows
+        return replace(
+            rows,
+            keys=wide(rows.keys),
+            values=wide(rows.values),
+            positions=wide(rows.positions, -1),
+            cardinality=wide(rows.cardinality),
+            stats={name: wide(x) for name, x in rows.stats.items()},
+            ragged=True,
+        )
+
+
+def flatten(slots: Slots) -> FlatSlots:
+    """The filled slots alone; `spread` gives them back, the empty ones in front."""
+    filled = slots.valid
+    count = filled.sum(dim=2)
+    rows = replace(
+        slots,
+        keys=slots.keys[filled],
+        values=slots.values[filled],
+        positions=slots.positions[filled],
+        cardinality=slots.cardinality[filled],
+        stats={name: x[filled] for name, x in slots.stats.items()},
+    )
+    return FlatSlots(rows, count.to(torch.int32), int(count.max()))
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Gather slots: `x` `[B, H, S]` or `[B, H, S, d]`, `index` `[B, H, n]` -> `[B, H, n]` or `[B, H, n, d]`."""
     if x.dim() == 3:

@@ -6,6 +6,9 @@ order; each one's `place` says where it stands in time. No shape depends on the 
 that a whole decoding step can be captured in a CUDA graph. With the rule "none" no slot leaves: tokens are appended
 until the storage is full, and whoever made it takes the slots out (`thaw`, or `full` where no head has an empty slot),
 compresses, and puts them back (`refill`).
+
+Where heads may hold different numbers of slots, their storage lies one head behind the other, each as long as it needs
+(`first`, `regions`). The kernel does not care; PyTorch's code works on a copy with regions of the same length (`even`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +28,8 @@ from kvrepro.slots import Slots, take
 
 #: Side vectors that fixed storage holds.
 SIDES = ("mass", "count", "bias")
+#: What it holds of every slot in any case.
+_VECTORS = ("keys", "values", "positions", "cardinality", "place")
 
 
 @dataclass
@@ -32,7 +37,9 @@ class StaticSlots:
     """One layer's slots in fixed storage.
 
     Attributes:
-        keys: `[B, H_kv, S, d]`, as the model rotated them; S is the most slots a head will hold, and one more.
+        keys: `[B, H_kv, S, d]`, as the model rotated them; S is the most slots a head will hold, and one more. Where
+            regions differ: `[N + 1, d]`, N their sum; the last row is nobody's. All that is `[B, H_kv, S]` here is then
+            `[N + 1]`.
         values: `[B, H_kv, S, d]`.
         positions: `[B, H_kv, S]` int32, the token's index in its row's text.
         cardinality: `[B, H_kv, S]` int32, tokens the slot stands for.
@@ -46,8 +53,11 @@ class StaticSlots:
         newest: `[B]` int32, position of the token that comes next.
         done: `[B, H_kv]` int32, 0 between steps: where the kernel's programs count themselves.
         frequencies: `[d / 2]` float32, the model's rotary frequencies; empty where keys stay where they were.
+        first: `[B, H_kv]` int64, where each head's region starts, in slots.
+        regions: `[B, H_kv]` int32, how long it is.
+        size: the longest one.
         rule: how a slot is let go.
-        budget: slots a head may hold.
+        budget: `[B, H_kv]` int32, slots a head may hold.
         names: the side vectors the method keeps.
         turns: keys are turned to in-cache positions when they are read.
         biased: a slot's logit is raised by log(cardinality).
@@ -70,8 +80,11 @@ class StaticSlots:
     newest: Tensor
     done: Tensor
     frequencies: Tensor
+    first: Tensor
+    regions: Tensor
+    size: int
     rule: StepRule
-    budget: int
+    budget: Tensor
     names: tuple[str, ...]
     turns: bool
     biased: bool = False
@@ -81,9 +94,32 @@ class StaticSlots:
     dense: bool = False
 
     @property
-    def size(self) -> int:
-        """Slots of the storage."""
-        return self.keys.shape[2]
+    def is_even(self) -> bool:
+        """Whether all regions are equally long."""
+        return self.keys.dim() == 4
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The tensors that have a number, or a vector, for each slot of the storage."""
+        return (*_VECTORS, *(name for name in SIDES if getattr(self, name).numel()))
+
+    def _table(self) -> Tensor:
+        """`[B, H_kv, size]` int64: the row of each slot of uneven storage; the last one, nobody's, beyond a region."""
+        slot = torch.arange(self.size, device=self.first.device)
+        row = self.first.unsqueeze(-1) + slot
+        return torch.where(slot < self.regions.unsqueeze(-1), row, len(self.keys) - 1)
+
+    def even(self) -> StaticSlots:
+        """A copy with regions of the same length; what is no slot's tensor is shared, not copied."""
+        table = self._table()
+        return replace(self, **{name: getattr(self, name)[table] for name in self.vectors})
+
+    def put_back(self, even: StaticSlots) -> None:
+        """Take over what has become of a copy (`even`)."""
+        table = self._table()
+        for name in self.vectors:
+            getattr(self, name)[table] = getattr(even, name)
+        self.state, self.dense = even.state, even.dense
 
     @property
     def nbytes(self) -> int:
@@ -94,13 +130,14 @@ class StaticSlots:
 
 def freeze_shape(
     slots: Slots,
-    budget: int,
+    budget: int | Tensor,
     rule: StepRule,
     newest: Tensor,
     names: tuple[str, ...],
     rotation: Rotation | None,
     *,
     room: int | None = None,
+    steps: int = 0,
     by_tokens: bool = False,
     biased: bool = False,
     counting: bool = True,
@@ -110,12 +147,13 @@ def freeze_shape(
 
     Args:
         slots: at most `room` slots a head.
-        budget: slots a head may hold.
+        budget: slots a head may hold; `[B, H_kv]` int32 where that differs.
         rule: how a slot is let go.
         newest: `[B]` int32, position of the next token of each row; shared by all layers and advanced by the caller.
         names: side vectors the method keeps, of `SIDES`.
         rotation: the model's rotation if keys are read at in-cache positions, else None.
-        room: the most slots a head will hold; None is the budget.
+        room: the most slots a head will hold; None is the (largest) budget.
+        steps: where the budgets differ, the steps that are to come at most: a head is not given room for more.
         by_tokens: in-cache positions count tokens, not slots; for the rule "none".
         biased: see `StaticSlots`.
         counting: see `StaticSlots`.
@@ -124,7 +162,9 @@ def freeze_shape(
     Returns:
         Storage of `room + 1` slots, the filled ones first, in order.
     """
-    room = budget if room is None else room
+    uneven = isinstance(budget, Tensor)
+    if room is None:
+        room = int(budget.max()) if uneven else budget
     order = slots.valid.to(torch.int8).argsort(dim=2, descending=True, stable=True)
     filled = slots.valid.sum(dim=2).to(torch.int32)
     cardinality = _widen(slots.cardinality, order, room)
@@ -132,7 +172,8 @@ def freeze_shape(
     nothing = torch.empty(0, dtype=torch.float32, device=filled.device)
     zeros = torch.zeros_like(slots.positions, dtype=torch.float32)
     sides = {n: _widen(slots.stats.get(n, zeros), order, room) if n in names else nothing for n in SIDES}
-    return StaticSlots(
+    heads = torch.arange(filled.numel(), device=filled.device).view_as(filled)
+    made = StaticSlots(
         keys=_widen(slots.keys, order, room),
         values=_widen(slots.values, order, room),
         positions=_widen(slots.positions, order, room, -1),
@@ -144,8 +185,11 @@ def freeze_shape(
         newest=newest,
         done=torch.zeros_like(filled),
         frequencies=rotation.frequencies(filled.device).float() if turns else nothing,
+        first=heads * (room + 1),
+        regions=torch.full_like(filled, room + 1),
+        size=room + 1,
         rule=rule,
-        budget=budget,
+        budget=budget if uneven else torch.full_like(filled, budget),
         names=names,
         turns=turns,
         biased=biased,
@@ -154,6 +198,26 @@ def freeze_shape(
         state=slots.state,
         dense=slots.dense and rule.score == "none",
     )
+    return _cut(made, torch.minimum(filled + steps, made.budget) + 1) if uneven else made
+
+
+def _cut(even: StaticSlots, regions: Tensor) -> StaticSlots:
+    """The same slots in regions `[B, H_kv]` of their own lengths."""
+    ends = regions.flatten().cumsum(0)
+    slot = torch.arange(even.size, device=regions.device)
+    inside = slot < regions.unsqueeze(-1)
+
+    def flat(x: Tensor) -> Tensor:
+        """`[N + 1, ...]`."""
+        return torch.cat([x[inside], x.new_zeros((1, *x.shape[3:]))])
+
+    return replace(
+        even,
+        **{name: flat(getattr(even, name)) for name in even.vectors},
+        first=(ends - regions.flatten()).view_as(regions),
+        regions=regions,
+        size=int(regions.max()),
+    )
 
 
 def refill(static: StaticSlots, slots: Slots, *, by_tokens: bool) -> None:
@@ -161,6 +225,10 @@ def refill(static: StaticSlots, slots: Slots, *, by_tokens: bool) -> None:
 
     All of it is work for the device, the same for the same number of slots, so that a CUDA graph can hold it.
     """
+    if not static.is_even:
+        even = static.even()
+        refill(even, slots, by_tokens=by_tokens)
+        return static.put_back(even)
     if slots.ragged:
         order = slots.valid.to(torch.int8).argsort(dim=2, descending=True, stable=True)
         slots = slots.map(lambda x: take(x, order) if x.dim() > 2 else x)
@@ -197,7 +265,7 @@ def _places(cardinality: Tensor, filled: Tensor, by_tokens: bool) -> Tensor:
 
 
 def full(static: StaticSlots) -> Slots:
-    """The slots of storage that is full in every head, nothing having left it: the storage's own tensors."""
+    """The slots of even storage that is full in every head, nothing having left it: the storage's own tensors."""
     return Slots(
         keys=static.keys,
         values=static.values,
@@ -211,6 +279,8 @@ def full(static: StaticSlots) -> Slots:
 
 def thaw(static: StaticSlots) -> Slots:
     """The slots of fixed storage in chronological order, as the methods know them."""
+    if not static.is_even:
+        return thaw(static.even())
     index = torch.arange(static.size, device=static.free.device)
     valid = (index != static.free.unsqueeze(-1)) & (index <= static.filled.unsqueeze(-1))
     # Empty slots stand in front; the storage may be wider than what is filled.
@@ -277,6 +347,11 @@ def step_reference(
     static: StaticSlots, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
     """`step` in PyTorch: what runs without a GPU, and what the kernel is tested against."""
+    if not static.is_even:
+        even = static.even()
+        out = step_reference(even, queries, keys, values, scale, softcap)
+        static.put_back(even)
+        return out
     wide = torch.promote_types(queries.dtype, torch.float32)
     _write(static, keys, values)
     valid = torch.arange(static.size, device=keys.device) <= static.filled.unsqueeze(-1)
@@ -322,7 +397,7 @@ def _read_keys(static: StaticSlots, valid: Tensor) -> Tensor:
 def _settle(static: StaticSlots, valid: Tensor) -> None:
     """Let one slot of each full head go; its value joins the right neighbour's where the rule merges."""
     rule = static.rule
-    if rule.score == "none" or static.size <= static.budget:  # no head can be full
+    if rule.score == "none":
         static.filled += 1
         static.free.copy_(static.filled)
         return

@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int | float | None, str]] = {
     "kvslimmer blocks": ("kvslimmer", {"block": 3, "overlap": "released"}, 16, "appended"),
     "kvslimmer released": ("kvslimmer", {"variant": "released"}, 16, ""),
     "attention matching": ("attention_matching", {}, 16, ""),
+    "attention matching same": ("attention_matching", {"heads": "same"}, 16, ""),
     "attention matching blocks": ("attention_matching", {"block": 4, "sinks": 1, "window": 6}, 16, "appended"),
     "attention matching of h2o": ("attention_matching", {"keys": "h2o", "block": 4}, 16, "appended"),
     "attention matching of tova": ("attention_matching", {"keys": "tova", "block": 4}, 16, "plain"),

@@ -15,7 +15,7 @@ import kvrepro
 from kvrepro import fit, methods
 from kvrepro.adapter import cache_arguments
 from kvrepro.attention import Step, attend
-from kvrepro.methods.attention_matching import BASES
+from kvrepro.methods.attention_matching import BASES, _Seen, _Whole
 from kvrepro.rope import Rotation
 from kvrepro.slots import Slots, compact
 
@@ -199,12 +199,94 @@ def test_padding_and_neighbours_change_no_row(queries: str, fitted: int) -> None
     kvrepro.prefill(model, ids, caches[0], attention_mask=mask)
     kvrepro.prefill(model, ids[1:, 9:], caches[1])
     kvrepro.prefill(model, ids[1:, 9:], caches[2])
-    for beside, alone, again in zip(*(cache.compressed for cache in caches), strict=True):
-        assert torch.equal(alone.values, again.values)
-        assert torch.equal(beside.positions[1:], alone.positions)
-        torch.testing.assert_close(beside.values[1:], alone.values)
-        torch.testing.assert_close(beside.slots.stats["bias"][1:], alone.slots.stats["bias"])
-        assert torch.equal(beside.slots.state["fallbacks"][1:], alone.slots.state["fallbacks"])
+    for layers in zip(*(cache.compressed for cache in caches), strict=True):
+        assert torch.equal(layers[1].values, layers[2].values)
+        beside, alone = row_of(layers[0].slots, 1), row_of(layers[1].slots, 0)
+        assert torch.equal(beside.positions, alone.positions)
+        torch.testing.assert_close(beside.values, alone.values)
+        torch.testing.assert_close(beside.stats["bias"], alone.stats["bias"])
+        assert torch.equal(beside.state["fallbacks"], alone.state["fallbacks"])
+
+
+def row_of(slots: Slots, row: int) -> Slots:
+    """One row's slots, as wide as its fullest head."""
+    size = int(slots.valid[row].sum(-1).max())
+    return slots.map(lambda x: x[row : row + 1, :, -size:] if x.dim() > 2 else x[row : row + 1])
+
+
+# --- slots that the heads share ---------------------------------------------------------------------------------------
+
+
+def test_pooled_slots_go_to_what_is_attended_to_most() -> None:
+    """The best of all slots of all heads, each head's best few aside: by hand, two layers of two heads."""
+    method = methods.create("attention_matching", least=0.5, block=1)
+    scores = torch.tensor([[[9.0, 8, 7, 6, 5, 0], [1, 1, 4, 1, 1, 0]], [[2, 2, 2, 0.5, 3, 0], [0, 0, 0, 0, 0, 0]]])
+    positions = torch.arange(6, dtype=torch.int32).expand(1, 2, -1).contiguous()
+    zeros = torch.zeros(1, 2, 6, 1)
+    slots = Slots(zeros, zeros, positions, torch.ones_like(positions))
+    step = Step(torch.zeros(1, 2, 1, 2, 1), positions[:, 0, :2], scale=1.0)
+    seen = [_Seen(step, _Whole(zeros, zeros, score[None]), None) for score in scores]
+    rooms = method.split([slots, slots], [dataclasses.replace(step, found=each) for each in seen], 4)
+    # Two each: the newest, which stays in any case, and the best. Then 8 more: 8, 7, 6, 5, 2, 2, 2 and the first 1.
+    assert [x.tolist() for x in rooms] == [[[6, 3]], [[5, 2]]]
+
+
+@pytest.mark.parametrize("chunk", [None, 17])
+def test_pooled_heads_keep_to_the_budget_and_its_bytes(chunk: int | None) -> None:
+    """On average a head holds the budget and no byte is held for slots that are empty, in the prompt and after it."""
+    model = kvrepro.prepare(tiny_model(layers=3))
+    ids, mask = tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :50] = 0  # this row never overflows while the prompt is read
+    pooled, same = (kvrepro.make_cache(model, "attention_matching", 20, heads=heads) for heads in ("pooled", "same"))
+    for cache in (pooled, same):
+        kvrepro.prefill(model, ids, cache, attention_mask=mask, chunk=chunk)
+    count = torch.stack([layer.slots.valid.sum(-1) for layer in pooled.compressed])  # [L, B, H]
+    assert count[:, 0].sum() == 20 * count[:, 0].numel() and len(count[:, 0].unique()) > 2
+    assert bool((count[:, 1] == 10).all())
+    heads = 8 * count.numel()  # how many a head may hold, and holds
+    row = same.nbytes - sum(x.numel() * x.element_size() for layer in same.compressed for x in layer.window)
+    window = pooled.nbytes - sum(layer._slots.nbytes for layer in pooled.compressed) - heads // 2
+    per_slot = (row - 4 * count.numel()) / (2 * 20 * 6)
+    filled = sum(layer._slots.nbytes for layer in pooled.compressed) - heads // 2 - 4 * count.numel()
+    assert window == same.nbytes - row and filled == per_slot * int(count.sum())
+    for step in range(25):
+        ids = torch.cat([ids, tokens(2, 1)], dim=1)
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+        with torch.no_grad():
+            model(ids[:, -1:], attention_mask=mask, **cache_arguments(model, pooled))
+        for layer in pooled.compressed:
+            assert bool((layer.slots.valid.sum(-1) <= layer.rooms).all()), step
+    assert bool((torch.stack([layer.rooms for layer in pooled.compressed])[:, 1] == 20).all())
+
+
+def test_rows_of_pooled_heads_can_be_reordered() -> None:
+    """Beam search moves what each head may hold with its slots."""
+    model = kvrepro.prepare(tiny_model(layers=2))
+    cache = kvrepro.make_cache(model, "attention_matching", 12)
+    kvrepro.prefill(model, tokens(2, 40), cache)
+    before = [(row_of(layer.slots, 0), row_of(layer.slots, 1), layer.rooms) for layer in cache.compressed]
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    for layer, (first, second, rooms) in zip(cache.compressed, before, strict=True):
+        assert torch.equal(layer.rooms, rooms[[1, 1, 0]])
+        for row, want in enumerate((second, second, first)):
+            assert torch.equal(row_of(layer.slots, row).values, want.values)
+
+
+def test_pooling_lowers_the_error_that_it_is_for() -> None:
+    """As many slots in all bring the predictions nearer to the full cache's."""
+    model = kvrepro.prepare(tiny_model(layers=2))
+    ids, sizes = tokens(2, 120), {"context": 100, "continuation": 20}
+    pooled, same = (
+        kvrepro.fidelity(model, ids, "attention_matching", 30, heads=heads, **sizes).kl.mean()
+        for heads in ("pooled", "same")
+    )
+    assert pooled < same
+
+
+def test_a_quantised_cache_has_no_pooled_heads() -> None:
+    model = kvrepro.prepare(tiny_model(layers=2))
+    with pytest.raises(ValueError, match="make the cache with heads='same'"):
+        kvrepro.quantise(kvrepro.make_cache(model, "attention_matching", 12))
 
 
 def test_draws_have_the_queries_mean_and_covariance() -> None:
@@ -317,6 +399,9 @@ def test_a_merged_slot_weighs_what_its_parts_did() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"keys": "h2o", "heads": "pooled"}, "heads='pooled' is not valid with keys='h2o'"),
+        ({"heads": "same", "least": 0.5}, "least=0.5 is not valid with heads='same'"),
+        ({"heads": "same", "least": 0.5, "keys": "h2o"}, "least=0.5 is not valid with heads='same'"),
         ({"keys": "h2o", "newest": 0.5}, "newest=0.5 is not valid with keys='h2o'"),
         ({"keys": "d2o"}, "keys='d2o' is not valid; choose one of .*'weightedkv', 'kvmerger', 'kvslimmer'"),
         ({"keys": "snapkv", "positions": "cache"}, "snapkv: positions='cache' is not valid"),

@@ -46,12 +46,18 @@ def storage(
     budget: int = 21,
     filled: tuple[int, ...] = (21, 18),
     own: bool = False,
+    rooms: Tensor | None = None,
     **more: Any,
 ) -> static.StaticSlots:
-    """Fixed storage whose rows hold `filled` slots with holes in their positions, in float64; `own` biases if asked."""
+    """Fixed storage whose rows hold `filled` slots with holes in their positions, in float64; `own` biases if asked.
+
+    With `rooms` `[B, H]` a head holds as many as it says, at most, and may hold no more.
+    """
     size = max(filled)
     positions = torch.rand(b, h, 3 * size).argsort(dim=2)[..., :size].sort(dim=2).values.int()
-    empty = torch.arange(size) < size - torch.tensor(filled)[:b, None, None]
+    held = torch.tensor(filled)[:b, None].expand(b, h)
+    held = held if rooms is None else torch.minimum(held, rooms)
+    empty = torch.arange(size) < size - held[..., None]
     slots = Slots(
         keys=torch.randn(b, h, size, d, dtype=torch.float64),
         values=torch.randn(b, h, size, d, dtype=torch.float64),
@@ -65,6 +71,8 @@ def storage(
     newest = torch.full((b,), 3 * size + 7, dtype=torch.int32)
     if rule.score == "none":
         budget += 40
+        rooms = None if rooms is None else rooms + 40
+    budget = budget if rooms is None else rooms.int()
     return static.freeze_shape(slots, budget, rule, newest, static.SIDES[: 3 if own else 2], rotation, **more)
 
 
@@ -105,6 +113,56 @@ def test_kernel_keeps_the_same_slots_as_its_twin(name: str, turns: bool) -> None
         torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=1e-4, atol=1e-5)
     if RULES[name].score in ("mass", "mean"):
         torch.testing.assert_close(a.stats["mass"], b.stats["mass"], rtol=1e-4, atol=1e-5)
+
+
+ROOMS = torch.tensor([[5, 21], [70, 13]])
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_heads_with_rooms_of_their_own(name: str, turns: bool) -> None:
+    """Regions of different lengths, in the kernel and in its twin, and equal ones beside even storage."""
+    torch.manual_seed(len(name))
+    exact = dataclasses.replace(storage(RULES[name], rooms=ROOMS, own=True, steps=12), turns=turns)
+    assert not exact.is_even and exact.nbytes < 0.8 * storage(RULES[name], budget=70, own=True, steps=12).nbytes
+    ours, twin = copy.deepcopy(exact), copy.deepcopy(exact)
+    for slots in (ours, twin):
+        slots.keys, slots.values = slots.keys.float(), slots.values.float()
+    equal = torch.full_like(ROOMS, 21)
+    torch.manual_seed(5)
+    level = storage(RULES[name], rooms=equal, own=True, steps=12)
+    torch.manual_seed(5)
+    even = storage(RULES[name], own=True)
+    for _ in range(12):
+        new = tokens(even, 3)
+        got, want = (
+            f(x, *[y.float() for y in new], 0.125, None) for f, x in ((decode.step, ours), (static.step, twin))
+        )
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        same = [static.step_reference(x, *new, 0.125, None) for x in (level, even)]
+        assert torch.equal(*same)
+        for slots in (ours, twin, level, even):
+            slots.newest += 1
+    for x, y, tolerance in ((ours, twin, {"rtol": 1e-4, "atol": 1e-5}), (level, even, {})):
+        a, b = static.thaw(x), static.thaw(y)
+        if RULES[name].score != "none":
+            assert bool((a.valid.sum(2) <= x.budget).all())
+        for field in ("positions", "cardinality", "keys", "values"):
+            torch.testing.assert_close(getattr(a, field), getattr(b, field), **tolerance)
+        for side in a.stats:
+            torch.testing.assert_close(a.stats[side], b.stats[side], **tolerance)
+
+
+def test_uneven_storage_gives_back_and_takes_slots() -> None:
+    """What comes out is what went in, and what is put back lies in the same tensors."""
+    torch.manual_seed(0)
+    slots = storage(StepRule("none"), rooms=ROOMS, own=True, steps=3)
+    held, keys = static.thaw(slots), slots.keys
+    assert held.valid.sum(2).tolist() == [[5, 21], [18, 13]]
+    static.refill(slots, dataclasses.replace(held, keys=2 * held.keys), by_tokens=False)
+    again = static.thaw(slots)
+    assert slots.keys is keys and torch.equal(again.keys, 2 * held.keys) and torch.equal(again.values, held.values)
+    assert torch.equal(again.positions, held.positions)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

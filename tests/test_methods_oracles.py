@@ -68,6 +68,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("kvslimmer", {"variant": "released"}),
     ("kvslimmer", {"variant": "released", "overlap": "released", "positions": "cache"}),
     ("attention_matching", {}),
+    ("attention_matching", {"heads": "same"}),
+    ("attention_matching", {"least": 0.5, "block": 2, "window": 3, "sinks": 1, "positions": "cache"}),
     ("attention_matching", {"keys": "mass", "newest": 0.0, "sinks": 2, "recent": 3}),
     ("attention_matching", {"queries": "gaussian", "count": 12, "window": 3, "seed": 4}),
     ("attention_matching", {"block": 4, "positions": "cache", "ridge": 0.1, "window": 5}),
@@ -98,14 +100,17 @@ def follow(
     cache.plan(prompt)
     ids = tokens(1, sum(sizes))
     followers = [oracle_for(layer, model, name, options) for layer in cache.compressed]
+    for each in followers:
+        each.peers = followers
     start = 0
     for n in sizes:
         with recorded(cache) as passes, torch.no_grad():
             model(ids[:, start : start + n], **cache_arguments(model, cache))
         start += n
-        for layer, oracle, (seen,) in zip(cache.compressed, followers, passes, strict=True):
+        for oracle, (seen,) in zip(followers, passes, strict=True):
             expected = oracle.feed(seen.queries[0].numpy(), seen.keys[0].numpy(), seen.values[0].numpy())
             np.testing.assert_allclose(seen.output[0], expected, atol=atol, rtol=atol)
+        for layer, oracle in zip(cache.compressed, followers, strict=True):
             assert_same_slots(layer, oracle, atol=atol)
 
 

@@ -169,11 +169,16 @@ def largest_budget(
     per_query = (layer.nbytes - layer.slots.nbytes) / max(1, layer.method.window_of(layer.budget or 0))
 
     def needed(budget: int) -> float:
-        """Bytes of all layers; a running threshold, 4 bytes a head, may join the slots in later passes."""
+        """Bytes of all layers.
+
+        A running threshold or count, 4 bytes a head, may join the slots in later passes, and where slots are shared
+        out, how many a head may hold and holds.
+        """
         resolved = cache.method.resolve(budget)
         sizes = [resolved.layer_budget(budget, each, layers) for each in range(layers)]
         slots = sum(context if size is None else min(size, context) for size in sizes)
-        return slots * per_slot + layers * (resolved.window_of(budget) * per_query + 4 * rows * heads)
+        numbers = 3 if resolved.shares_heads else 1
+        return slots * per_slot + layers * (resolved.window_of(budget) * per_query + 4 * numbers * rows * heads)
 
     budget = 2 * context  # a pyramid's upper layers may have room when its lower ones hold everything
     while budget > 1 and needed(budget) > target:

@@ -43,7 +43,7 @@ CONFIG = {
 def _attend(
     q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, pos_ptr, place_ptr, card_ptr, free_ptr, filled_ptr, newest_ptr,
     freq_ptr, bias_ptr, logit_ptr, acc_ptr, max_ptr, sum_ptr,
-    q_b, q_h, new_k_b, new_k_h, new_v_b, new_v_h, heads, size, span, scale, softcap,
+    first_ptr, region_ptr, q_b, q_h, new_k_b, new_k_h, new_v_b, new_v_h, heads, wide, span, scale, softcap,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr,
     STATS: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, OWN: tl.constexpr, EXACT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -57,6 +57,7 @@ def _attend(
     free = tl.load(free_ptr + head)
     filled = tl.load(filled_ptr + head)
     newest = tl.load(newest_ptr + b)
+    first, size = tl.load(first_ptr + head), tl.load(region_ptr + head)
     # Keys are read in halves: rotary embedding pairs dimension j with j + d / 2.
     q_row = q_ptr + b * q_b + (h * G + group) * q_h
     q_low = tl.load(q_row[:, None] + low[None, :], mask=group[:, None] < G, other=0.0)
@@ -73,7 +74,7 @@ def _attend(
         slot = start + tl.arange(0, BLOCK)
         inside = slot < size
         is_new = slot == free
-        row = head * size + slot
+        row = first + slot
         k_low = tl.load(k_ptr + row[:, None] * D + low[None, :], mask=inside[:, None], other=0.0)
         k_high = tl.load(k_ptr + row[:, None] * D + half + low[None, :], mask=inside[:, None], other=0.0)
         v = tl.load(v_ptr + row[:, None] * D + dim[None, :], mask=inside[:, None], other=0.0)
@@ -106,7 +107,7 @@ def _attend(
             logit += (own * _LOG2E)[None, :]
         logit = tl.where(valid[None, :], logit, -float("inf"))
         if STATS:
-            out_row = (head * G + group) * size
+            out_row = (head * G + group) * wide
             tl.store(logit_ptr + out_row[:, None] + slot[None, :], logit, mask=(group[:, None] < G) & inside[None, :])
         higher = tl.maximum(best, tl.max(logit, 1))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
@@ -116,7 +117,7 @@ def _attend(
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=precision)
         best = higher
     if (free >= split * span) & (free < (split + 1) * span):
-        row = (head * size + free) * D
+        row = (first + free) * D
         tl.store(k_ptr + row + low, new_low)
         tl.store(k_ptr + row + half + low, new_high)
         tl.store(v_ptr + row + dim, new_v)
@@ -144,7 +145,7 @@ def _join(
 @triton.jit
 def _count(
     logit_ptr, max_ptr, sum_ptr, place_ptr, mass_ptr, count_ptr, low_ptr, where_ptr, at_ptr,
-    head, piece, pieces, free, filled, size, sinks, recent, splits,
+    head, first, piece, pieces, free, filled, size, wide, sinks, recent, splits,
     G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, SCORE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Add this step's attention to a block of slots, and note the one with the lowest score among them."""
@@ -155,12 +156,11 @@ def _count(
     top = tl.where(group < G, tl.max(best, 0), 0.0)
     sums = tl.load(sum_ptr + index, mask=known, other=0.0)
     lse = top + tl.log2(tl.where(group < G, tl.sum(tl.exp2(best - top[None, :]) * sums, 0), 1.0))
-    first = head * size
     slot = piece * BLOCK + tl.arange(0, BLOCK)
     valid = (slot < size) & (slot <= filled)
     old = valid & (slot != free)
     logit = tl.load(
-        logit_ptr + (head * G + group)[:, None] * size + slot[None, :],
+        logit_ptr + (head * G + group)[:, None] * wide + slot[None, :],
         mask=(group[:, None] < G) & valid[None, :], other=-float("inf"),
     )  # fmt: skip
     seen = tl.sum(tl.exp2(logit - lse[:, None]), 0) / G
@@ -187,11 +187,10 @@ def _count(
 @triton.jit
 def _let_go(
     v_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, free_ptr, low_ptr, where_ptr, at_ptr,
-    head, pieces, size, sinks,
+    head, first, pieces, size, sinks,
     D: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr, SCORE: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """Free the slot with the lowest score of all, its value joined to its right neighbour's where the rule merges."""
-    first = head * size
     leaves, victim, right = sinks, 0, 0
     if SCORE > 1:
         piece = tl.arange(0, PP)
@@ -229,7 +228,7 @@ def _let_go(
 def _settle(
     out_ptr, acc_ptr, max_ptr, sum_ptr, logit_ptr, v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr,
     free_ptr, filled_ptr, newest_ptr, bias_ptr, low_ptr, where_ptr, at_ptr, done_ptr,
-    heads, size, budget, sinks, recent, splits, pieces,
+    first_ptr, region_ptr, budget_ptr, heads, wide, sinks, recent, splits, pieces,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr,
     SCAN: tl.constexpr, SCORE: tl.constexpr, MERGE: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr,
     OWN: tl.constexpr,
@@ -244,26 +243,28 @@ def _settle(
     else:
         free = tl.load(free_ptr + head)
         filled = tl.load(filled_ptr + head)
+        first, size = tl.load(first_ptr + head), tl.load(region_ptr + head)
         arrived = pieces - 1
         if MASS:
             _count(
                 logit_ptr, max_ptr, sum_ptr, place_ptr, mass_ptr, count_ptr, low_ptr, where_ptr, at_ptr,
-                head, role - G, pieces, free, filled, size, sinks, recent, splits, G, GP, SP, BLOCK, SCORE, COUNT,
+                head, first, role - G, pieces, free, filled, size, wide, sinks, recent, splits,
+                G, GP, SP, BLOCK, SCORE, COUNT,
             )  # fmt: skip
             tl.debug_barrier()  # what all threads wrote comes before the sign that it is there
             arrived = tl.atomic_add(done_ptr + head, 1, sem="acq_rel")
         if arrived == pieces - 1:
             tl.store(done_ptr + head, 0)
-            tl.store(pos_ptr + head * size + free, tl.load(newest_ptr + head // heads))
-            tl.store(card_ptr + head * size + free, 1)
-            tl.store(place_ptr + head * size + free, filled)
+            tl.store(pos_ptr + first + free, tl.load(newest_ptr + head // heads))
+            tl.store(card_ptr + first + free, 1)
+            tl.store(place_ptr + first + free, filled)
             if OWN:
-                tl.store(bias_ptr + head * size + free, 0.0)
+                tl.store(bias_ptr + first + free, 0.0)
             tl.debug_barrier()
-            if (SCORE > 0) & (filled >= budget):
+            if (SCORE > 0) & (filled >= tl.load(budget_ptr + head)):
                 _let_go(
                     v_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, free_ptr, low_ptr, where_ptr, at_ptr,
-                    head, pieces, size, sinks, D, PP, SCAN, SCORE, MERGE,
+                    head, first, pieces, size, sinks, D, PP, SCAN, SCORE, MERGE,
                 )  # fmt: skip
             else:
                 tl.store(free_ptr + head, filled + 1)
@@ -307,8 +308,8 @@ def step(
     _attend[(b * h, splits)](
         flat, keys, values, slots.keys, slots.values, slots.positions, slots.place, slots.cardinality, slots.free,
         slots.filled, slots.newest, slots.frequencies, slots.bias, logits, acc, best, total,
-        flat.stride(0), flat.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-        h, size, span, scale, softcap or 0.0,
+        slots.first, slots.regions, flat.stride(0), flat.stride(1), keys.stride(0), keys.stride(1), values.stride(0),
+        values.stride(1), h, size, span, scale, softcap or 0.0,
         G=g, GP=groups, D=d, BLOCK=tile, ROTATE=slots.turns, STATS=mass, CAPPED=softcap is not None,
         BIASED=slots.biased, OWN=own, EXACT=queries.dtype == torch.float32, STAGES=CONFIG["stages"],
         num_warps=CONFIG["attend_warps"],
@@ -318,8 +319,8 @@ def step(
     low, where, at = new(b, h, pieces, dtype=torch.float32), *new(2, b, h, pieces, dtype=torch.int32)
     _settle[(b * h, g + pieces)](
         out, acc, best, total, logits, slots.values, slots.positions, slots.place, slots.cardinality, slots.mass,
-        slots.count, slots.free, slots.filled, slots.newest, slots.bias, low, where, at, slots.done, h, size,
-        slots.budget, slots.rule.sinks, slots.rule.recent, splits, pieces,
+        slots.count, slots.free, slots.filled, slots.newest, slots.bias, low, where, at, slots.done, slots.first,
+        slots.regions, slots.budget, h, size, slots.rule.sinks, slots.rule.recent, splits, pieces,
         G=g, GP=triton.next_power_of_2(g), D=d, SP=max(2, triton.next_power_of_2(splits)),
         PP=max(2, triton.next_power_of_2(pieces)), BLOCK=block,
         SCAN=min(CONFIG["scan_tile"], max(16, triton.next_power_of_2(size))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,9 +46,16 @@ class AttentionMatching(Method):
     cannot be fitted, or whose fit is no better on held-out queries, keeps its slots as they are (plain eviction).
     `slots.state["fallbacks"]` counts these for each head.
 
-    Ours: a share of the slots, `newest`, goes to what the newest query attends to, the same in all heads, because a
-    text's own queries do not ask for what a question at its end asks for; and the ridge on a slot's value is divided by
-    (1 - peak)^2, its peak being the highest attention that a reference query gives it.
+    Ours: the heads of all layers share their slots (`heads`). When a prompt first overflows the cache, all layers wait
+    for the last one, and the slots go to what the reference queries attend to most, in whatever head that is; each has
+    a share of the budget at least (`least`). From then on a head holds what it was given: `CompressedLayer.rooms`. What
+    is stored has no empty slots, so the bytes are those of the mean. The paper (second-hand) gives heads different
+    numbers of slots, too, found once for a model by trying. Tokens that come one at a time share nothing out: without
+    the many queries of a prompt it is not known who needs more.
+
+    Ours: a share of the slots to choose, `newest`, goes to what the newest query attends to, the same in all heads of a
+    layer, because a text's own queries do not ask for what a question at its end asks for; and the ridge on a slot's
+    value is divided by (1 - peak)^2, its peak being the highest attention that a reference query gives it.
 
     `keys` may name another method. Its own slots are then fitted, evicted or merged as it does with its own defaults
     (`sinks`, `recent`, `positions`, `seed` and `block` are handed on where they are set): what is chosen and what is
@@ -89,12 +97,22 @@ class AttentionMatching(Method):
     newest: float | None = option(
         None,
         "ours: this share of the slots to choose goes to what the newest query attends to most, averaged over the "
-        "layer's heads as TOVA does; the rest goes by `keys`. None is 0.5; not for a method's `keys`",
+        "layer's heads as TOVA does; the rest goes by `keys`. None is 0.25 where slots are pooled, else 0.5; not for a "
+        "method's `keys`",
     )
     queries: str = option(
         "prompt",
         "ours: the pass's own queries at future positions; 'gaussian' draws from a Gaussian fitted to them",
         ("prompt", "gaussian"),
+    )
+    heads: str | None = option(
+        None,
+        "ours: 'pooled' (None) shares the slots out among the heads of all layers, 'same' gives each as many, as do a "
+        "method's `keys` (None)",
+        (None, "pooled", "same"),
+    )
+    least: float | None = option(
+        None, "ours: where slots are pooled, each head has this share of the budget at least (None is 0.1)"
     )
     count: int = option(1024, "ours: reference queries a query head, the last ones of the pass; they choose the keys")
     fitted: int = option(256, "ours: of these, those that biases and values are fitted to, spread evenly over them")
@@ -115,14 +133,28 @@ class AttentionMatching(Method):
             self.require_whole(name, 1)
         self.require_number("ridge", 1e-9, 1e9)
         if self.base is None:
-            self._settle("newest", 0.5)
+            self._settle("heads", "pooled")
+            self._settle("newest", 0.25 if self.heads == "pooled" else 0.5)
             self.require_number("newest", 0, 1)
+        elif self.heads == "pooled":
+            raise ValueError(
+                f"{self.name}: heads='pooled' is not valid with keys={self.keys!r}, which leaves each head as many "
+                "slots; leave heads out, or choose keys='rms' or 'mass'"
+            )
         elif self.newest is not None:
             raise ValueError(
                 f"{self.name}: newest={self.newest!r} is not valid with keys={self.keys!r}, which chooses all slots; "
                 "leave newest out, or choose keys='rms' or 'mass'"
             )
+        self._settle("heads", "same")
         self._settle("positions", "original" if self.base is None else self.base.positions)
+        if self.shares_layers:
+            self._settle("least", 0.1)
+            self.require_number("least", 0, 1)
+        elif self.least is not None:
+            raise ValueError(
+                f"{self.name}: least={self.least!r} is not valid with heads='same'; leave it out, or pool the slots"
+            )
 
     def _settle(self, name: str, default: Any) -> None:
         """Give an option that was left open its value, so that records name it."""
@@ -140,6 +172,20 @@ class AttentionMatching(Method):
         shared = {name: getattr(self, name) for name in ("sinks", "recent", "positions", "seed", "block")}
         handed = {name: value for name, value in shared.items() if value is not None and name in known}
         return methods.create(self.keys, **BASES[self.keys], **handed)
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether the heads of all layers share their slots."""
+        return self.heads == "pooled"
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether heads hold different numbers of slots."""
+        return self.shares_layers
+
+    def shares_at(self, arrived: int) -> bool:
+        """A pass of several tokens shares slots out."""
+        return self.shares_layers and arrived > 1
 
     @property
     def frees_blocks(self) -> bool:
@@ -194,6 +240,11 @@ class AttentionMatching(Method):
             return self.base.block_of(budget)
         return max(1, budget // 16) if self.block is None else self.block
 
+    def least_of(self, budget: int) -> int:
+        """The fewest slots that a head is given where slots are pooled: enough to free a block of them, too."""
+        need = self.sinks_of(budget) + self.recent_of(budget) + self.block_of(budget)
+        return min(budget, max(int(self.least * budget), need))
+
     def check(self, budget: int) -> None:
         """Check that there is a choice, and room for a block.
 
@@ -223,15 +274,17 @@ class AttentionMatching(Method):
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Choose the slots that stay, then fit them to what the reference queries get from all."""
-        goal = budget + 1 - self.block_of(budget) if step.queries.shape[3] == 1 else budget
-        asked = self.reference(slots, step, budget)
-        whole = _look(asked, slots, self.keys)
+        freed = self.block_of(budget) - 1 if step.queries.shape[3] == 1 else 0
+        seen = step.found or self._see(slots, budget, step)
         if self.base is None:
-            left = self._chosen(slots, whole.score, budget, goal, step)
+            left = self._chosen(slots, seen, budget, freed, step.rooms)
         else:
-            left = self._left_by_base(slots, budget, goal, step)
+            left = self._left_by_base(slots, budget, budget - freed, step)
         cut = left.valid.sum(dim=2) < slots.valid.sum(dim=2)  # [B, H]: a row of a batch that still fits stays as it is
-        values, bias, good = self.fit(left, *_spread(asked, whole, self.fitted))
+        if step.rooms is None:
+            values, bias, good = self.fit(left, seen.asked, seen.whole)
+        else:
+            values, bias, good = self._fit_by_size(left, cut, seen)
         changed = good & cut
         known = slots.state or self.initial_state(slots)
         return dataclasses.replace(
@@ -240,6 +293,43 @@ class AttentionMatching(Method):
             stats={**left.stats, "bias": left.stats["bias"] + torch.where(changed[..., None], bias, 0.0)},
             state={"fallbacks": known["fallbacks"] + (cut & ~good).float()},
         )
+
+    def _see(self, slots: Slots, budget: int, step: Step) -> _Seen:
+        """Look at all slots before any leaves."""
+        asked = self.reference(slots, step, budget)
+        whole = _look(asked, slots, self.keys)
+        now = None if self.base is not None else _look(step.last(1), slots, "mass").score.mean(dim=1, keepdim=True)
+        return _Seen(*_spread(asked, whole, self.fitted), now)
+
+    def waiting(self, slots: Slots, budget: int, step: Step) -> Step:
+        """What was seen; of the queries themselves two, since a step of one would free a block."""
+        two = dataclasses.replace(step.last(2), queries=step.queries[:, :, :, -2:].clone(), view=None)
+        return dataclasses.replace(two, found=self._see(slots, budget, step))
+
+    def split(self, layers: list[Slots], steps: list[Step], budget: int) -> list[Tensor]:
+        """The slots of each head, `[B, H_kv]` int32 a layer: what is attended to most, in whatever head, is kept.
+
+        A row that still fits has the budget in every head.
+
+        Args:
+            layers: all slots.
+            steps: what was seen of them.
+            budget: mean slots a head and layer.
+        """
+        device, least = layers[0].keys.device, self.least_of(budget)
+        ends = self.sinks_of(budget), self.recent_of(budget)
+        scores, counts = [], []
+        for slots, step in zip(layers, steps, strict=True):
+            score = step.found.whole.score.masked_fill(protected(slots, *ends), torch.inf)
+            scores.append(score.masked_fill(~slots.valid, -1.0).to(device))
+            counts.append(slots.valid.sum(dim=2).to(device))
+        score, count = torch.stack(scores, dim=1), torch.stack(counts, dim=1)  # [B, L, H, S], [B, L, H]
+        pool = score.sort(dim=-1, descending=True).values[..., least:]
+        wanted = (budget - least) * count[0].numel()
+        order = pool.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :wanted]
+        given = torch.zeros_like(count.flatten(1)).scatter_add_(1, order // pool.shape[-1], torch.ones_like(order))
+        rooms = torch.where(count > budget, least + given.view_as(count), budget).to(torch.int32)
+        return [mine.contiguous().to(slots.keys.device) for mine, slots in zip(rooms.unbind(1), layers, strict=True)]
 
     def _left_by_base(self, slots: Slots, budget: int, goal: int, step: Step) -> Slots:
         """The slots that the method of `keys` leaves, `goal` of those of a row that exceeds the budget."""
@@ -254,26 +344,29 @@ class AttentionMatching(Method):
         left = dataclasses.replace(self.base, **ends).compress(slots, goal, step)
         return _with_rows(left, slots, slots.valid.sum(dim=2) <= budget) if slots.ragged else left
 
-    def _chosen(self, slots: Slots, score: Tensor, budget: int, goal: int, step: Step) -> Slots:
-        """The slots that are attended to most, `goal` of those of a row that exceeds the budget.
+    def _chosen(self, slots: Slots, seen: _Seen, budget: int, freed: int, rooms: Tensor | None) -> Slots:
+        """The slots that are attended to most, of a head that holds more than it may.
 
         Args:
             slots: all.
-            score: `[B, H_kv, S]`, by the reference queries.
-            budget: slots that a row may have.
-            goal: slots that are left of a row with more.
-            step: the pass, whose newest query chooses a share of them.
+            seen: what queries see of them.
+            budget: slots that a head may have.
+            freed: slots that it is to have less.
+            rooms: `[B, H_kv]`, the slots that each may have, where they differ.
         """
-        now = _look(step.last(1), slots, "mass").score.mean(dim=1, keepdim=True).expand_as(score)
+        score = seen.whole.score
         safe = protected(slots, self.sinks_of(budget), self.recent_of(budget))
         count = slots.valid.sum(dim=2, keepdim=True)
-        wanted = torch.where(count > budget, goal, count)
+        room = budget if rooms is None else rooms.unsqueeze(-1)
+        wanted = torch.where(count > room, room - freed, count)
         free = wanted - safe.sum(dim=2, keepdim=True)
         first = (free * self.newest).int()
-        keep = safe | top(now, slots.valid & ~safe, first)
+        keep = safe | top(seen.now.expand_as(score), slots.valid & ~safe, first)
         keep = keep | top(score, slots.valid & ~keep, free - first)
-        waits = slots.ragged and goal < budget
-        return compact(slots, keep, int(wanted.max()) if waits else min(goal, slots.size))
+        if rooms is not None:
+            return dataclasses.replace(compact(slots, keep, int(wanted.max())), ragged=True)
+        waits = slots.ragged and freed > 0
+        return compact(slots, keep, int(wanted.max()) if waits else min(budget - freed, slots.size))
 
     def reference(self, slots: Slots, step: Step, budget: int) -> Step:
         """The step whose queries are fitted to: `[B, H_kv, G, m, d]`, behind the newest token, so that they see all.
@@ -323,6 +416,31 @@ class AttentionMatching(Method):
         normal = (-2 * (1 - radius).log()).sqrt() * (2 * math.pi * angle).cos()
         return (mean + normal.view(h, g, self.count, d).double() @ factor.mT).to(queries.dtype)
 
+    def _fit_by_size(self, left: Slots, cut: Tensor, seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
+        """`fit`, heads of like numbers of slots side by side; those that lost none, not in `cut` `[B, H_kv]`, are not.
+
+        A group's widths differ by less than a factor of two, which bounds what its empty slots cost.
+        """
+        b, h = cut.shape
+        values, bias = left.values.flatten(0, 1), torch.zeros_like(left.stats["bias"]).flatten(0, 1)
+        good = torch.ones_like(cut).flatten()
+        rows = lambda x: x.flatten(0, 1).unsqueeze(1)  # noqa: E731
+        slots, asked, whole = left.map(rows), seen.asked, seen.whole
+        queries, places = rows(asked.queries), asked.query_positions.repeat_interleave(h, dim=0)
+        lse, output = rows(whole.lse), rows(whole.output)
+        groups: dict[int, list[int]] = defaultdict(list)
+        for head, count in enumerate((left.valid.sum(dim=2) * cut).flatten().tolist()):
+            groups[count.bit_length()].append(head)
+        groups.pop(0, None)
+        for members in groups.values():
+            index = torch.tensor(members, device=cut.device)
+            width = int(slots.valid[index].sum(dim=2).max())
+            part = slots.map(lambda x: x[index][:, :, -width:] if x.dim() > 2 else x[index])  # noqa: B023
+            step = dataclasses.replace(asked, queries=queries[index], query_positions=places[index])
+            found = self.fit(part, step, _Whole(lse[index], output[index]))
+            values[index, -width:], bias[index, -width:], good[index] = (x.squeeze(1) for x in found)
+        return values.view_as(left.values), bias.view_as(left.stats["bias"]), good.view(b, h)
+
     def fit(self, left: Slots, asked: Step, whole: _Whole) -> tuple[Tensor, Tensor, Tensor]:
         """What the kept slots should have.
 
@@ -343,7 +461,9 @@ class AttentionMatching(Method):
         # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
         loose = 1 - p.amax(dim=(2, 3))  # [B, H, S]
         rest = whole.output - mixed(p, left.values)
-        found = fit_values(p * loose[:, :, None, None], rest, None, [self.ridge * factor for factor in (1, 10, 100)])
+        ridges = [self.ridge * factor for factor in (1, 10, 100)]
+        filled = left.valid.sum(dim=2) if left.ragged else None
+        found = fit_values(p * loose[:, :, None, None], rest, None, ridges, filled=filled)
         before, biased = (_missed(x, left.values, whole.output) for x in (_normalised(share), p))
         values = (left.values + loose[..., None] * found.values).to(left.values.dtype)
         bias = weights.log().to(left.stats["bias"].dtype)
@@ -358,12 +478,28 @@ class _Whole:
     Attributes:
         lse: `[B, H_kv, G, m]`, log-sum-exp of their logits; +inf for a place without a query.
         output: `[B, H_kv, G, m, d_v]`.
-        score: `[B, H_kv, S]`, attention to each slot, or its square, summed over the queries.
+        score: `[B, H_kv, S]`, attention to each slot, or its square, summed over the queries; None where no slot is to
+            be chosen any more.
     """
 
     lse: Tensor
     output: Tensor
-    score: Tensor
+    score: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What queries see of all slots before any leaves.
+
+    Attributes:
+        asked: the reference queries that are fitted to.
+        whole: what they get; the score is that of all reference queries.
+        now: `[B, 1, S]`, the newest query's attention, the mean over the layer's heads; None with a method's `keys`.
+    """
+
+    asked: Step
+    whole: _Whole
+    now: Tensor | None
 
 
 def _look(asked: Step, slots: Slots, keys: str) -> _Whole:

@@ -165,8 +165,17 @@ class Method:
 
     @property
     def shares_layers(self) -> bool:
-        """Whether the layers' budgets depend on what all layers attend to."""
+        """Whether what a layer, or a head, may hold depends on what all layers attend to (see `split`)."""
         return False
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether heads come to hold different numbers of slots (see `split`)."""
+        return False
+
+    def shares_at(self, arrived: int) -> bool:
+        """Whether a pass of so many tokens is one at which slots are shared out, if none was before."""
+        return self.shares_layers
 
     @property
     def sums(self) -> bool:
@@ -206,12 +215,26 @@ class Method:
         """The slots of one layer, given the mean over layers; None leaves the layer whole."""
         return budget
 
-    def split(self, layers: list[Slots], budget: int) -> list[int]:
-        """Each layer's slots, for methods that share slots among layers (`shares_layers`).
+    def waiting(self, slots: Slots, budget: int, step: Step) -> Step:
+        """What a layer keeps of the pass until the last one has attended, where slots are shared out (`split`).
+
+        Args:
+            slots: the layer's slots, before the first compression.
+            budget: mean slots a head and layer.
+            step: the pass.
+        """
+        return step
+
+    def split(self, layers: list[Slots], steps: list[Step], budget: int) -> list[int] | list[Tensor]:
+        """Share slots out among layers or heads, for methods that do (`shares_layers`); once a cache.
 
         Args:
             layers: the slots of the layers, before the first compression.
+            steps: what `waiting` kept of the pass, a layer each.
             budget: mean slots a head and layer.
+
+        Returns:
+            What each layer may hold: slots of every head, or `[B, H_kv]` int32, those of each one (`Step.rooms`).
         """
         return [budget] * len(layers)
 

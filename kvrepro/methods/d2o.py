@@ -215,7 +215,7 @@ class D2O(Method):
         """The budget, or None for the layers that stay whole."""
         return None if self.whole_layers and layer in (0, 1, layers - 1) else budget
 
-    def split(self, layers: list[Slots], budget: int) -> list[int]:
+    def split(self, layers: list[Slots], steps: list[Step], budget: int) -> list[int]:
         """Each layer's slots, given the mean (ours; the paper says: by the variance of attention's column sums).
 
         A layer whose attention is spread evenly needs more slots: shares are exp(-f / mean f), f the squared
@@ -223,6 +223,7 @@ class D2O(Method):
 
         Args:
             layers: the slots of the layers that share, before compression.
+            steps: not needed.
             budget: mean slots a head and layer.
 
         Returns:

@@ -129,6 +129,7 @@ class Oracle:
         self.budget, self.layer = budget, layer
         self.sinks, self.recent, self.positions, self.seed = sinks, recent, positions, seed
         self.heads: list[list[Slot]] = [[] for _ in range(kv_heads)]
+        self.peers: list[Oracle] = [self]  # the oracles of all layers
         self.seen = 0
 
     def feed(self, queries: Array, keys: Array, values: Array) -> Array:

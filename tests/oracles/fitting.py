@@ -20,7 +20,9 @@ class AttentionMatching(Oracle):
         self,
         *,
         keys: str = "rms",
-        newest: float = 0.5,
+        newest: float | None = None,
+        heads: str | None = None,
+        least: float = 0.1,
         queries: str = "prompt",
         count: int = 1024,
         fitted: int = 256,
@@ -37,7 +39,11 @@ class AttentionMatching(Oracle):
         self.power = {"mass": 1, "rms": 2}.get(keys, 0)
         self.queries, self.count, self.fits, self.ahead = queries, count, fitted, ahead
         self.window = max(window, base.window) if isinstance(base, SnapKV) else window
-        self.rounds, self.ridge, self.block, self.newest = rounds, ridge, block, newest
+        self.rounds, self.ridge, self.block, self.least = rounds, ridge, block, least
+        self.pooled = base is None and heads != "same"
+        self.newest = (0.25 if self.pooled else 0.5) if newest is None else newest
+        self.rooms: list[int] | None = None  # of each head, once slots are shared out
+        self.waiting: Chunk | None = None
         self.past: list[list[tuple[int, Array]]] = [[] for _ in range(self.group * len(self.heads))]
         self.fallbacks = [0] * len(self.heads)
 
@@ -52,14 +58,44 @@ class AttentionMatching(Oracle):
         if self.base is not None:
             self.base.heads, self.base.budget = self.heads, self.budget
             self.base.due(arrived)
-        return super().due(arrived)
+        rooms = self.rooms or [self.budget] * len(self.heads)
+        return any(len(slots) > room for slots, room in zip(self.heads, rooms, strict=True))
 
     def compress(self, chunk: Chunk) -> None:
-        """What stays of all heads, then a fit for each."""
-        goal = self.budget + 1 - self.block if len(chunk.positions) == 1 else self.budget
-        left = None if self.base is None else self.left_by_base(self.base, chunk, goal)
+        """What stays of all heads, then a fit for each; the first time, all layers wait for the last one."""
+        if not self.pooled or self.rooms is not None or len(chunk.positions) == 1:
+            self.settle(chunk)
+            return
+        self.waiting = chunk
+        if self is self.peers[-1]:
+            self.share_out()
+            for peer in self.peers:
+                peer.settle(peer.waiting)
+
+    def share_out(self) -> None:
+        """Each head's fewest slots; the rest go to what is attended to most, in whatever head it is."""
+        fewest = max(int(self.least * self.budget), self.sinks + max(1, self.recent) + self.block)
+        fewest = min(self.budget, fewest)
+        pool = []
+        for peer in self.peers:
+            for head, slots in enumerate(peer.heads):
+                score = peer.look(head, slots, peer.waiting)[-1]
+                safe = [*range(self.sinks), *range(len(slots) - max(1, self.recent), len(slots))]
+                score[safe] = math.inf
+                pool += [(peer, head, value) for value in sorted(score, reverse=True)[fewest:]]
+            peer.rooms = [fewest] * len(peer.heads)
+        given = (self.budget - fewest) * len(self.peers) * len(self.heads)
+        for peer, head, _ in sorted(pool, key=lambda entry: -entry[2])[:given]:
+            peer.rooms[head] += 1
+
+    def settle(self, chunk: Chunk) -> None:
+        """Bring every head to what it may hold, less a block while decoding."""
+        freed = self.block - 1 if len(chunk.positions) == 1 else 0
+        left = None if self.base is None else self.left_by_base(self.base, chunk, self.budget - freed)
         for head, slots in enumerate(self.heads):
-            self.heads[head] = self.fitted(head, slots, chunk, goal, None if left is None else left[head])
+            room = self.budget if self.rooms is None else self.rooms[head]
+            if len(slots) > room:
+                self.heads[head] = self.fitted(head, slots, chunk, room - freed, None if left is None else left[head])
 
     def left_by_base(self, base: Oracle, chunk: Chunk, goal: int) -> list[list[Slot]]:
         """The base's choice from copies of the slots; it keeps sums of values where it has pairs."""
@@ -107,8 +143,8 @@ class AttentionMatching(Oracle):
             draws.append(queries.mean(0) + factor @ normal)
         return draws
 
-    def fitted(self, head: int, slots: list[Slot], chunk: Chunk, goal: int, left: list[Slot] | None) -> list[Slot]:
-        """Choose, fit on the first half of the queries, judge on the second, fit on all."""
+    def look(self, head: int, slots: list[Slot], chunk: Chunk) -> tuple[list[list[Array]], list[float], list, Array]:
+        """The reference queries, the sums of their masses, what they get from all slots, and the slots' scores."""
         group = self.reference(head, slots, chunk)
         asked = [query for queries in group for query in queries]
         totals, outputs, score = [], [], np.zeros(len(slots))
@@ -117,6 +153,12 @@ class AttentionMatching(Oracle):
             totals.append(sum(masses))
             outputs.append(sum(x * slot.value for x, slot in zip(masses, slots, strict=True)) / totals[-1])
             score += (np.array(masses) / totals[-1]) ** self.power
+        return group, totals, outputs, score
+
+    def fitted(self, head: int, slots: list[Slot], chunk: Chunk, goal: int, left: list[Slot] | None) -> list[Slot]:
+        """Choose, fit on the first half of the queries, judge on the second, fit on all."""
+        group, totals, outputs, score = self.look(head, slots, chunk)
+        asked = [query for queries in group for query in queries]
         # The queries that are fitted to: evenly spread ones of each query head, the newest among them.
         n, some = len(group[0]), min(len(group[0]), self.fits)
         spread = [n - 1 - (some - 1 - i) * n // some for i in range(some)]
