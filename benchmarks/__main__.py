@@ -19,7 +19,7 @@ READ = ("full", "streaming_llm", "snapkv", "h2o", "weightedkv", "kvmerger", "kvs
 WRITE = ("full", "streaming_llm", "h2o", "weightedkv", "kvmerger", "kvslimmer")
 SOME = ("full", "streaming_llm", "weightedkv")
 MERGE = ("weightedkv", "kvmerger", "kvslimmer", "d2o", "keepkv")
-FIT = ("full", "attention_matching", "attention_matching(fitted=128)", "attention_matching(fitted=64)")
+FIT = ("full", "attention_matching", "attention_matching(heads='same')", "attention_matching(fitted=64)")
 PAIRS = ("kvslimmer", "asymkv")
 PRESSES = ("streaming_llm", "snapkv", "observed_attention")
 

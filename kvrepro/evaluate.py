@@ -318,6 +318,8 @@ class Fidelity:
         nbytes_full: bytes of the full cache after the context.
         fallbacks: `[B]` int64, how often a head of any layer fell back to plain eviction while the context was read;
             None for methods that do not count it.
+        rooms: `[B, layers, H_kv]` int32, the slots that each head may hold after the context; None where all have the
+            budget.
     """
 
     kl: Tensor
@@ -326,6 +328,7 @@ class Fidelity:
     nbytes: int
     nbytes_full: int
     fallbacks: Tensor | None = None
+    rooms: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -420,6 +423,7 @@ def continued(
             f"{full.shape[1]}: read both with the same context and continuation"
         )
     nbytes, fallbacks = cache.nbytes, cache.fallbacks
+    rooms = [layer.rooms for layer in cache.compressed if layer.rooms is not None]
     logits = _continue(model, ids, cache, full[:, :1] if first is None else first, context)
     p, q = log_softmax(full.float(), dim=-1), log_softmax(logits.float(), dim=-1)
     return Fidelity(
@@ -429,6 +433,7 @@ def continued(
         nbytes=nbytes,
         nbytes_full=reference.nbytes,
         fallbacks=fallbacks,
+        rooms=torch.stack([x.cpu() for x in rooms], dim=1) if rooms else None,
     )
 
 

@@ -91,6 +91,8 @@ VARIANTS = {
     "kvmerger(pivot='random')": "KVMerger, random pivot",
     "kvmerger(budget_mode='threshold')": "KVMerger, fixed threshold",
     "asymkv(fisher='forward')": "AsymKV, forward only",
+    "attention_matching(heads='same')": "Attention Matching, equal heads",
+    "attention_matching(ridge=1000000, rounds=0)": "Attention Matching, not fitted",
     "kvslimmer(variant='released')": "KVSlimmer, released code",
     "asymkv(variant='released')": "AsymKV, released code",
 }

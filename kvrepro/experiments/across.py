@@ -85,7 +85,8 @@ def _same_bytes(bench: Bench, cell: Cell) -> Value:
         The mean over tokens and passages, its spread the standard error over passages; ``extra`` holds per passage
         ``kl``, ``nll`` and ``nll_full`` (means over tokens, nats), and ``slots`` (the budget), ``nbytes``, ``target``
         and ``whole`` (bytes held by, allowed to, and of the full cache of all passages together); where the method
-        counts them, also :func:`fallbacks`.
+        counts them, also :func:`fallbacks`; where it shares slots out among heads, ``rooms`` [layers, H_kv], those
+        that each one got, the mean over passages.
 
     Raises:
         Skip: The model has layers that are no compressed layers, or layers that differ in size.
@@ -107,7 +108,10 @@ def _same_bytes(bench: Bench, cell: Cell) -> Value:
     kl, nll, nll_full = (x.double().mean(1) for x in (found.kl, found.nll, found.nll_full))  # [n]
     error = float(kl.std()) / len(kl) ** 0.5 if len(kl) > 1 else None
     extra = {"kl": kl, "nll": nll, "nll_full": nll_full, "slots": slots, "nbytes": found.nbytes, "target": target}
-    return Value(float(kl.mean()), error, len(kl), extra | {"whole": whole} | fallbacks(found, reference))
+    extra |= {"whole": whole} | fallbacks(found, reference)
+    if found.rooms is not None:
+        extra["rooms"] = found.rooms.double().mean(0)
+    return Value(float(kl.mean()), error, len(kl), extra)
 
 
 def fallbacks(found: evaluate.Fidelity, reference: evaluate.Reference) -> dict[str, Any]:
