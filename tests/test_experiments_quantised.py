@@ -64,7 +64,7 @@ def test_bytes_and_divergence_by_definition(small: Callable, residual: int) -> N
 
 
 def test_heads_that_fell_back_are_in_the_record(small: Callable) -> None:
-    fitted, evicted = small(["attention_matching", "h2o"], 8, 0.3)
+    fitted, evicted = small(["attention_matching(heads='same')", "h2o"], 8, 0.3)
     assert len(fitted.value.extra["fallbacks"]) == 2 and fitted.value.extra["heads"] == 3 * 2  # layers, KV heads
     assert not {"fallbacks", "heads"} & set(evicted.value.extra)
 

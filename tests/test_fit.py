@@ -15,7 +15,7 @@ import kvrepro
 from kvrepro import fit, methods
 from kvrepro.adapter import cache_arguments
 from kvrepro.attention import Step, attend
-from kvrepro.methods.attention_matching import BASES, _Seen, _Whole
+from kvrepro.methods.attention_matching import BASES, _alike, _Seen, _Whole
 from kvrepro.rope import Rotation
 from kvrepro.slots import Slots, compact
 
@@ -421,3 +421,10 @@ def test_a_hybrid_s_options_are_its_base_s() -> None:
     assert methods.create("attention_matching", **hybrid.resolved()) == hybrid
     with pytest.raises(ValueError, match="kvslimmer: block=20 is not valid"):
         methods.create("attention_matching", keys="kvslimmer", block=20).check(32)
+
+
+def test_heads_are_grouped_by_size() -> None:
+    """No more than half of a group is empty, and none is larger than all heads would be with equal numbers."""
+    assert _alike([5, 0, 9, 100, 10, 6, 19], 150) == [([0, 5, 2], 9), ([4, 6], 19), ([3], 100)]
+    assert _alike([7, 8, 9], 16) == [([0, 1], 8), ([2], 9)]
+    assert _alike([0, 0], 10) == [] and _alike([40], 10) == [([0], 40)]

@@ -40,6 +40,8 @@ def two(
     model: PreTrainedModel, method: str, options: dict[str, Any] | None = None, **form: Any
 ) -> tuple[CompressedCache, QuantisedCache]:
     """The same empty cache, as it is and quantised."""
+    if method == "attention_matching":
+        options = {"heads": "same", **(options or {})}
     cache = kvrepro.make_cache(model, method, BUDGET, **(options or {}))
     return cache, kvrepro.quantise(cache, **form)
 

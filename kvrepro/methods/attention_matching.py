@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -284,7 +283,7 @@ class AttentionMatching(Method):
         if step.rooms is None:
             values, bias, good = self.fit(left, seen.asked, seen.whole)
         else:
-            values, bias, good = self._fit_by_size(left, cut, seen)
+            values, bias, good = self._fit_by_size(left, cut, seen, budget)
         changed = good & cut
         known = slots.state or self.initial_state(slots)
         return dataclasses.replace(
@@ -416,25 +415,20 @@ class AttentionMatching(Method):
         normal = (-2 * (1 - radius).log()).sqrt() * (2 * math.pi * angle).cos()
         return (mean + normal.view(h, g, self.count, d).double() @ factor.mT).to(queries.dtype)
 
-    def _fit_by_size(self, left: Slots, cut: Tensor, seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
+    def _fit_by_size(self, left: Slots, cut: Tensor, seen: _Seen, budget: int) -> tuple[Tensor, Tensor, Tensor]:
         """`fit`, heads of like numbers of slots side by side; those that lost none, not in `cut` `[B, H_kv]`, are not.
 
-        A group's widths differ by less than a factor of two, which bounds what its empty slots cost.
+        A group takes no more memory than all heads do with `budget` slots each, and less than half of it is empty.
         """
         b, h = cut.shape
-        values, bias = left.values.flatten(0, 1), torch.zeros_like(left.stats["bias"]).flatten(0, 1)
-        good = torch.ones_like(cut).flatten()
         rows = lambda x: x.flatten(0, 1).unsqueeze(1)  # noqa: E731
         slots, asked, whole = left.map(rows), seen.asked, seen.whole
         queries, places = rows(asked.queries), asked.query_positions.repeat_interleave(h, dim=0)
         lse, output = rows(whole.lse), rows(whole.output)
-        groups: dict[int, list[int]] = defaultdict(list)
-        for head, count in enumerate((left.valid.sum(dim=2) * cut).flatten().tolist()):
-            groups[count.bit_length()].append(head)
-        groups.pop(0, None)
-        for members in groups.values():
-            index = torch.tensor(members, device=cut.device)
-            width = int(slots.valid[index].sum(dim=2).max())
+        values, bias = left.values.flatten(0, 1), torch.zeros_like(left.stats["bias"]).flatten(0, 1)
+        good = torch.ones_like(cut).flatten()
+        for heads, width in _alike((left.valid.sum(dim=2) * cut).flatten().tolist(), b * h * budget):
+            index = torch.tensor(heads, device=cut.device)
             part = slots.map(lambda x: x[index][:, :, -width:] if x.dim() > 2 else x[index])  # noqa: B023
             step = dataclasses.replace(asked, queries=queries[index], query_positions=places[index])
             found = self.fit(part, step, _Whole(lse[index], output[index]))
@@ -506,6 +500,22 @@ def _look(asked: Step, slots: Slots, keys: str) -> _Whole:
     """Let the reference queries attend to all slots."""
     seen = observe(asked, slots, power=1 if keys == "mass" else 2)
     return _Whole(seen.lse, seen.output, seen.mass)
+
+
+def _alike(counts: list[int], limit: int) -> list[tuple[list[int], int]]:
+    """Groups of heads, given their numbers of slots, and the most that one of a group has; heads without are left out.
+
+    In a group nobody has twice as many as another, and heads times most is at most `limit`, if that leaves one head.
+    """
+    groups: list[tuple[list[int], int]] = []
+    least = 0
+    for head in sorted((i for i, count in enumerate(counts) if count), key=counts.__getitem__):
+        count = counts[head]
+        if not groups or count >= 2 * least or (len(groups[-1][0]) + 1) * count > limit:
+            groups.append(([], 0))
+            least = count
+        groups[-1] = ([*groups[-1][0], head], count)
+    return groups
 
 
 def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:
