@@ -297,7 +297,7 @@ class AttentionMatching(Method):
         """Look at all slots before any leaves."""
         asked = self.reference(slots, step, budget)
         whole = _look(asked, slots, self.keys)
-        now = None if self.base is not None else _look(step.last(1), slots, "mass").score.mean(dim=1, keepdim=True)
+        now = None if self.base is not None else _by_token(_look(step.last(1), slots, "mass").score, slots)
         return _Seen(*_spread(asked, whole, self.fitted), now)
 
     def waiting(self, slots: Slots, budget: int, step: Step) -> Step:
@@ -360,7 +360,7 @@ class AttentionMatching(Method):
         wanted = torch.where(count > room, room - freed, count)
         free = wanted - safe.sum(dim=2, keepdim=True)
         first = (free * self.newest).int()
-        keep = safe | top(seen.now.expand_as(score), slots.valid & ~safe, first)
+        keep = safe | top(seen.now, slots.valid & ~safe, first)
         keep = keep | top(score, slots.valid & ~keep, free - first)
         if rooms is not None:
             return dataclasses.replace(compact(slots, keep, int(wanted.max())), ragged=True)
@@ -425,7 +425,7 @@ class AttentionMatching(Method):
         slots, asked, whole = left.map(rows), seen.asked, seen.whole
         queries, places = rows(asked.queries), asked.query_positions.repeat_interleave(h, dim=0)
         lse, output = rows(whole.lse), rows(whole.output)
-        values, bias = left.values.flatten(0, 1), torch.zeros_like(left.stats["bias"]).flatten(0, 1)
+        values, bias = left.values.flatten(0, 1).clone(), torch.zeros_like(left.stats["bias"]).flatten(0, 1)
         good = torch.ones_like(cut).flatten()
         for heads, width in _alike((left.valid.sum(dim=2) * cut).flatten().tolist(), b * h * budget):
             index = torch.tensor(heads, device=cut.device)
@@ -488,7 +488,8 @@ class _Seen:
     Attributes:
         asked: the reference queries that are fitted to.
         whole: what they get; the score is that of all reference queries.
-        now: `[B, 1, S]`, the newest query's attention, the mean over the layer's heads; None with a method's `keys`.
+        now: `[B, H_kv, S]`, the newest query's attention to a slot's token, the mean over the heads of the layer that
+            hold it; None with a method's `keys`.
     """
 
     asked: Step
@@ -500,6 +501,16 @@ def _look(asked: Step, slots: Slots, keys: str) -> _Whole:
     """Let the reference queries attend to all slots."""
     seen = observe(asked, slots, power=1 if keys == "mass" else 2)
     return _Whole(seen.lse, seen.output, seen.mass)
+
+
+def _by_token(score: Tensor, slots: Slots) -> Tensor:
+    """The mean of a score `[B, H_kv, S]` over the heads that hold a slot of the same token."""
+    if slots.dense:
+        return score.mean(dim=1, keepdim=True).expand_as(score).contiguous()
+    token = (slots.positions + 1).flatten(1).long()  # 0 is no token
+    total = score.new_zeros(len(score), int(token.max()) + 1).scatter_add_(1, token, score.flatten(1))
+    holders = torch.zeros_like(total).scatter_add_(1, token, torch.ones_like(score).flatten(1))
+    return (total / holders.clamp_min(1)).gather(1, token).view_as(score)
 
 
 def _alike(counts: list[int], limit: int) -> list[tuple[list[int], int]]:

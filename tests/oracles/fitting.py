@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 
 import numpy as np
 
@@ -90,6 +91,7 @@ class AttentionMatching(Oracle):
 
     def settle(self, chunk: Chunk) -> None:
         """Bring every head to what it may hold, less a block while decoding."""
+        self.attended = [[slot.position for slot in slots] for slots in self.heads]
         freed = self.block - 1 if len(chunk.positions) == 1 else 0
         left = None if self.base is None else self.left_by_base(self.base, chunk, self.budget - freed)
         for head, slots in enumerate(self.heads):
@@ -166,8 +168,7 @@ class AttentionMatching(Oracle):
         first = np.array([i < some // 2 for _ in range(self.group) for i in range(some)])
         asked, totals, outputs = ([x[i] for i in chosen] for x in (asked, totals, outputs))
         if left is None:
-            now = np.mean([seen[-1] for seen in chunk.probabilities], axis=0)  # the newest query's, all heads
-            left = self.chosen(slots, score, now, goal)
+            left = self.chosen(slots, score, self.now(slots, chunk), goal)
         places = read_positions(left, self.positions)
         keys = [rotate(s.key, place - s.position, self.inv_freq) for s, place in zip(left, places, strict=True)]
         share = np.array([self.masses(q, left, keys) for q in asked]) / np.array(totals)[:, None]
@@ -185,6 +186,14 @@ class AttentionMatching(Oracle):
         else:
             self.fallbacks[head] += 1
         return left
+
+    def now(self, slots: list[Slot], chunk: Chunk) -> Array:
+        """The newest query's attention to each slot's token, the mean over the heads that hold it as they attended."""
+        seen: dict[int, list[float]] = defaultdict(list)
+        for g, rows in enumerate(chunk.probabilities):
+            for position, share in zip(self.attended[g // self.group], rows[-1], strict=True):
+                seen[position].append(share)
+        return np.array([np.mean(seen[slot.position]) for slot in slots])
 
     def masses(self, query: Array, slots: list[Slot], keys: list[Array]) -> list[float]:
         """e^logit of each slot."""
