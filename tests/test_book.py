@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 import pytest
@@ -24,7 +25,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from kvrepro import methods
 from kvrepro.book import PROFILES, BookError, Project, RequestError
-from kvrepro.book.build import build, run
+from kvrepro.book.build import Report, build, run
 from kvrepro.book.checks import check_profile_runs, profile_problems
 from kvrepro.book.execute import Kernels, clean, execute, note
 from kvrepro.book.files import locked
@@ -392,24 +393,40 @@ class TestProfiles:
         assert profile_problems("quick", [{"model": "smollm2-135m", "text": "essays"}]) == []
 
 
+class Built(NamedTuple):
+    """A miniature after its first build: the project, what the build reported, and what it told."""
+
+    project: Project
+    report: Report
+    told: str
+
+
 @pytest.fixture(scope="module")
-def life(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """One miniature for all tests of ``TestBuild``."""
-    return make_project(tmp_path_factory.mktemp("life") / "project")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A miniature built once, for all tests of ``TestBuild``; they work on copies of it."""
+    project = make_project(tmp_path_factory.mktemp("first") / "project")
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(told):
+        patch.setenv("KVREPRO_RESULTS", str(project.root / "results" / "local"))
+        report = build(project, "smoke", jobs=2)
+    return Built(project, report, told.getvalue())
 
 
 class TestBuild:
-    """One miniature through a whole life; each step is one test, in order."""
+    """What builds do to a miniature that was built before: each test has a copy of it."""
 
-    @pytest.fixture(autouse=True)
-    def results(self, life: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("KVREPRO_RESULTS", str(life.root / "results" / "local"))
+    @pytest.fixture
+    def life(self, first: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+        root = tmp_path.resolve() / "project"
+        shutil.copytree(first.project.root, root)
+        monkeypatch.setenv("KVREPRO_RESULTS", str(root / "results" / "local"))
+        return Project(root)
 
-    def test_first_build(self, life: Project, capfd: pytest.CaptureFixture[str]) -> None:
-        report = build(life, "smoke", jobs=2)
+    def test_first_build(self, first: Built) -> None:
+        life, report, told = first
         assert report.ran == ["demo/sizes", "demo/words"]
         assert (report.failed, report.missing, report.built) == ({}, [], True)
-        assert "[1/2] demo/sizes (not run yet)" in capfd.readouterr().err
+        assert "[1/2] demo/sizes (not run yet)" in told
         sizes, words = life.notebooks()
         assert [record.value.value for record in read_records(sizes.records)] == [2.0]
         assert not words.records.exists()
@@ -470,7 +487,7 @@ class TestBuild:
     def test_changed_page_of_the_book_is_rebuilt_without_running(self, life: Project) -> None:
         with (life.book / "intro.md").open("a", encoding="utf-8") as file:
             file.write("\nA new sentence.\n")
-        report = build(life, "quick")
+        report = build(life, "smoke")
         assert (report.ran, report.built) == ([], True)
         assert "A new sentence" in (life.html / "book/intro.html").read_text(encoding="utf-8")
 
@@ -478,7 +495,7 @@ class TestBuild:
         intro = (life.book / "intro.md").read_text(encoding="utf-8")
         (life.book / "intro.md").write_text(intro + "\n[nowhere](nothing.md)\n", encoding="utf-8")
         with pytest.raises(BookError, match=r"(?s)Jupyter Book failed.*nothing.md"):
-            build(life, "quick")
+            build(life, "smoke")
         (life.book / "intro.md").write_text(intro, encoding="utf-8")
 
     def test_terminated_build_goes_on(self, life: Project) -> None:
@@ -490,7 +507,7 @@ class TestBuild:
         sizes.stamp.unlink()
         before = words.page.read_bytes()
         environment = {**os.environ, "KVREPRO_ROOT": str(life.root), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "kvrepro", "build", "--profile", "quick", "--jobs", "2"]
+        command = [sys.executable, "-m", "kvrepro", "build", "--profile", "smoke", "--jobs", "2"]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         told = itertools.takewhile(lambda line: "demo/sizes: done" not in line, process.stderr)
@@ -504,13 +521,13 @@ class TestBuild:
             os.kill(int(told_pid.read_text()), 0)  # its kernel is gone
         assert words.page.read_bytes() == before
         write_notebook(words.source, [("md", "# Words"), ("parameters", "times = 1"), ("code", "print('back')")])
-        report = build(life, "quick")
+        report = build(life, "smoke")
         assert report.ran == ["demo/words"]  # the other one was finished before the signal
         assert report.failed == {}
 
     def test_two_builds_at_once(self, life: Project) -> None:
         with locked(life.work / "build.lock"), pytest.raises(BookError, match="another build"):
-            build(life, "quick")
+            build(life, "smoke")
 
 
 def test_toc_files_are_in_reading_order(project: Project) -> None:

@@ -14,7 +14,7 @@ import torch
 from kvrepro import executors
 from kvrepro.book.project import Notebook
 
-#: More would wait for the longest notebook, which is a fifth of the work of those that may run beside others.
+#: Ours. From eight on all would wait for the longest notebook, a seventh of the work of those that run side by side.
 MOST_JOBS = 4
 _JOB_BYTES = 3 << 30  # a kernel with the embedded model takes about half of it
 _POLL_S = 1.0  # a signal that comes just before a wait is noticed after it
