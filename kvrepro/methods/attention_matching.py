@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvrepro.attention import Step, observe
-from kvrepro.fit import MARGIN, best_weights, fit_values, mixed
+from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued
 from kvrepro.methods.base import POSITIONS, Method, option
 from kvrepro.slots import Slots, compact, protected, top, uniform
 
@@ -54,8 +54,12 @@ class AttentionMatching(Method):
     fitted can be told apart. While decoding, a method that lets one slot go at a time frees a block of them.
 
     The paper's reference queries are those of the context read twice, or of questions that the model asks itself. Both
-    need further passes of the model, which a method here does not have: they are those of the tokens just read, moved
-    to future positions. While decoding they are the last `window` queries.
+    need further passes of the model. By default they are those of the tokens just read, moved to future positions.
+    `queries="repeat"` takes the paper's first way: `kvrepro.prefill` (and so `kvrepro.generate`) reads each chunk that
+    overflows a second time, behind itself and with nothing compressed yet, and stores nothing of that. These queries
+    are moved as well (ours). It costs a second pass over the chunk, and until that pass all layers hold the whole
+    chunk. A plain `model.generate` has no such pass: that is an error. While decoding, and for a last chunk shorter
+    than the window, the reference queries are the last `window` ones in any case.
 
     It makes no promise that a CUDA graph can hold `compress` (`steady`, `leaves`): graphs of factorisations have not
     been tried on a GPU. Between two compressions steps are captured all the same.
@@ -82,9 +86,10 @@ class AttentionMatching(Method):
     )
     keys: str = option(
         "rms",
-        "second-hand: the highest root mean square attention of the reference queries; 'mass' (ours) takes their mean; "
-        "a method's name (ours) fits the slots that it leaves",
-        ("rms", "mass", *BASES),
+        "second-hand: the highest root mean square attention of the reference queries; 'greedy' (second-hand) pursues "
+        "what the chosen keys lack of the whole mass; 'mass' (ours) takes the mean; a method's name (ours) fits the "
+        "slots that it leaves",
+        ("rms", "mass", "greedy", *BASES),
     )
     newest: float | None = option(
         None,
@@ -93,8 +98,9 @@ class AttentionMatching(Method):
     )
     queries: str = option(
         "prompt",
-        "ours: the pass's own queries at future positions; 'gaussian' draws from a Gaussian fitted to them",
-        ("prompt", "gaussian"),
+        "ours: the pass's own queries at future positions; 'gaussian' (ours) draws from a Gaussian fitted to them; "
+        "'repeat' (second-hand) takes those of the tokens read a second time, behind themselves",
+        ("prompt", "gaussian", "repeat"),
     )
     count: int = option(1024, "ours: reference queries a query head, the last ones of the pass; they choose the keys")
     fitted: int = option(256, "ours: of these, those that biases and values are fitted to, spread evenly over them")
@@ -167,6 +173,15 @@ class AttentionMatching(Method):
         return self.base is not None and self.base.observes
 
     @property
+    def replayable(self) -> bool:
+        """Not where the tokens are to be read twice."""
+        return self.queries != "repeat"
+
+    def reads_twice(self, arrived: int, budget: int) -> bool:
+        """With `queries="repeat"`, but where the window's queries serve."""
+        return self.queries == "repeat" and arrived > 1 and arrived >= self.window_of(budget)
+
+    @property
     def sums(self) -> bool:
         """As the method that chooses the slots."""
         own = type(self).accumulate is AttentionMatching.accumulate
@@ -226,12 +241,14 @@ class AttentionMatching(Method):
         goal = budget + 1 - self.block_of(budget) if step.queries.shape[3] == 1 else budget
         asked = self.reference(slots, step, budget)
         whole = _look(asked, slots, self.keys)
+        some = _spread(asked, whole, self.fitted)
         if self.base is None:
-            left = self._chosen(slots, whole.score, budget, goal, step)
+            shares = _shares(*some, slots) if self.keys == "greedy" else None
+            left = self._chosen(slots, whole.score, budget, goal, step, shares)
         else:
             left = self._left_by_base(slots, budget, goal, step)
         cut = left.valid.sum(dim=2) < slots.valid.sum(dim=2)  # [B, H]: a row of a batch that still fits stays as it is
-        values, bias, good = self.fit(left, *_spread(asked, whole, self.fitted))
+        values, bias, good = self.fit(left, *some)
         changed = good & cut
         known = slots.state or self.initial_state(slots)
         return dataclasses.replace(
@@ -254,7 +271,7 @@ class AttentionMatching(Method):
         left = dataclasses.replace(self.base, **ends).compress(slots, goal, step)
         return _with_rows(left, slots, slots.valid.sum(dim=2) <= budget) if slots.ragged else left
 
-    def _chosen(self, slots: Slots, score: Tensor, budget: int, goal: int, step: Step) -> Slots:
+    def _chosen(self, slots: Slots, score: Tensor, budget: int, goal: int, step: Step, shares: Tensor | None) -> Slots:
         """The slots that are attended to most, `goal` of those of a row that exceeds the budget.
 
         Args:
@@ -263,6 +280,7 @@ class AttentionMatching(Method):
             budget: slots that a row may have.
             goal: slots that are left of a row with more.
             step: the pass, whose newest query chooses a share of them.
+            shares: `[B, H_kv, G, m, S]`, of the whole mass; where given, the rest is pursued by them instead.
         """
         now = _look(step.last(1), slots, "mass").score.mean(dim=1, keepdim=True).expand_as(score)
         safe = protected(slots, self.sinks_of(budget), self.recent_of(budget))
@@ -271,7 +289,10 @@ class AttentionMatching(Method):
         free = wanted - safe.sum(dim=2, keepdim=True)
         first = (free * self.newest).int()
         keep = safe | top(now, slots.valid & ~safe, first)
-        keep = keep | top(score, slots.valid & ~keep, free - first)
+        if shares is None:
+            keep = keep | top(score, slots.valid & ~keep, free - first)
+        else:
+            keep = keep | pursued(shares, keep, slots.valid, free - first)
         waits = slots.ragged and goal < budget
         return compact(slots, keep, int(wanted.max()) if waits else min(goal, slots.size))
 
@@ -280,9 +301,20 @@ class AttentionMatching(Method):
 
         In each row the first half of the queries that count stands in the first m // 2 places, the others in the rest:
         the fit's two halves. Places that are left over have the position -1.
+
+        Raises:
+            ValueError: the tokens were to be read twice, and were not.
         """
         queries, places = step.queries, step.query_positions
-        if queries.shape[3] < self.window_of(budget):
+        again = self.reads_twice(queries.shape[3], budget)
+        if again and step.again is None:
+            raise ValueError(
+                f"{self.name}: queries='repeat' needs the tokens read a second time, which only kvrepro.prefill does: "
+                "read the prompt with it, write with kvrepro.generate, or choose queries='prompt'"
+            )
+        if again:
+            queries, places = step.again.queries, step.again.query_positions
+        elif queries.shape[3] < self.window_of(budget):
             queries, places = step.window_queries, step.window_positions
         queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
         newest = slots.positions.amax(dim=(1, 2))[:, None]  # [B, 1]
@@ -336,8 +368,7 @@ class AttentionMatching(Method):
             could be fitted, and on the second half of the queries, values fitted to the first half have a smaller
             error than the slots as they were.
         """
-        parts = [(found - whole.lse[:, :, :, part, None]).exp() for part, found in asked.logits(left)]
-        share = torch.cat(parts, dim=3)  # [B, H, G, m, S]: of the whole mass
+        share = _shares(asked, whole, left)
         weights = best_weights(share, self.rounds)
         p = _normalised(share * weights[:, :, None, None])
         # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
@@ -370,6 +401,12 @@ def _look(asked: Step, slots: Slots, keys: str) -> _Whole:
     """Let the reference queries attend to all slots."""
     seen = observe(asked, slots, power=1 if keys == "mass" else 2)
     return _Whole(seen.lse, seen.output, seen.mass)
+
+
+def _shares(asked: Step, whole: _Whole, slots: Slots) -> Tensor:
+    """`[B, H_kv, G, m, S]`: each slot's share of the whole mass that the reference queries see."""
+    parts = [(found - whole.lse[:, :, :, part, None]).exp() for part, found in asked.logits(slots)]
+    return torch.cat(parts, dim=3)
 
 
 def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:

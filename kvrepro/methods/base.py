@@ -164,6 +164,18 @@ class Method:
         return True
 
     @property
+    def replayable(self) -> bool:
+        """Whether one pass over a prompt is all that compressing it takes; else `prefill` must drive the model."""
+        return True
+
+    def reads_twice(self, arrived: int, budget: int) -> bool:
+        """Whether `arrived` tokens that overflow a layer are read again, behind themselves, before it compresses.
+
+        `prefill` sees to it; `compress` then finds the second pass as `step.again`.
+        """
+        return False
+
+    @property
     def shares_layers(self) -> bool:
         """Whether the layers' budgets depend on what all layers attend to."""
         return False
