@@ -57,9 +57,10 @@ class AttentionMatching(Method):
     need further passes of the model. By default they are those of the tokens just read, moved to future positions.
     `queries="repeat"` takes the paper's first way: `kvrepro.prefill` (and so `kvrepro.generate`) reads each chunk that
     overflows a second time, behind itself and with nothing compressed yet, and stores nothing of that. These queries
-    are moved as well (ours). It costs a second pass over the chunk, and until that pass all layers hold the whole
-    chunk. A plain `model.generate` has no such pass: that is an error. While decoding, and for a last chunk shorter
-    than the window, the reference queries are the last `window` ones in any case.
+    are moved as well (ours). It costs a second pass over the chunk, until which all layers hold the whole chunk; and
+    its tokens stand behind the prompt, where the model's context must reach. A plain `model.generate` has no such pass:
+    that is an error. While decoding, and for a last chunk shorter than the window, the reference queries are the last
+    `window` ones in any case.
 
     It makes no promise that a CUDA graph can hold `compress` (`steady`, `leaves`): graphs of factorisations have not
     been tried on a GPU. Between two compressions steps are captured all the same.
