@@ -43,6 +43,7 @@ class Step:
         window_positions: `[B, w]` int32, their positions.
         gradients: `[B, H_kv, S, d]`, the loss's gradient by each slot's unrotated key, where one was taken.
         view: what the kernels read when the pass attended, where they did the work.
+        again: the pass that read the same tokens a second time, behind themselves, where there was one.
         behind: the queries are not the newest slots' own but stand behind all slots, and see them all.
         rooms: `[B, H_kv]` int32, the slots that each head may hold, where a method gave them different numbers.
         found: what the method noted of the pass when the layer had to wait for the others (`Method.waiting`).
@@ -62,6 +63,7 @@ class Step:
     window_positions: Tensor | None = None
     gradients: Tensor | None = None
     view: View | None = None
+    again: Step | None = None
     behind: bool = False
     rooms: Tensor | None = None
     found: Any = None

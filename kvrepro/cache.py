@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +109,7 @@ class CompressedLayer(CacheLayerMixin):
         self.module: weakref.ref[nn.Module] | None = None
         self._since = 0
         self._arrived: tuple[Tensor, Tensor] | None = None
-        self.probe: GradientProbe | None = None
+        self.probe: GradientProbe | SecondReading | None = None
         self.frozen = False
         self.record: list[Pass] | None = None
         self.is_initialized = False
@@ -269,9 +272,10 @@ class CompressedLayer(CacheLayerMixin):
             self.cache().plan(query.shape[2])
         new, positions = self._new_slots(keys, values, mask)
         slots = new if before is None else before.append(new)
-        step = self._remember(self._step(query, positions, scale, softcap, keys.shape[1]))
+        step = self._step(query, positions, scale, softcap, keys.shape[1])
         if self.probe is not None:
             return self.probe.attend(self, slots, step)
+        step = self._remember(step)
         statistics = self.method.statistics if self.active else ()
         keep = self.active and self.method.observes and query.shape[2] > 1
         out, found, view = look(step, slots, statistics, keep)
@@ -285,13 +289,10 @@ class CompressedLayer(CacheLayerMixin):
         return out.flatten(1, 2)
 
     def _settle(self, slots: Slots, step: Step) -> None:
-        """Store the slots, compressed if it is due; where all layers share slots, after the last one has attended."""
+        """Store the slots, compressed if it is due."""
         arrived = step.queries.shape[3]
-        if self.active and self.method.shares_at(arrived) and not self.cache().split:
-            self.slots = slots
-            self.cache().settle_together(self, step)
-        elif self.active and self.method.due(self.fill(slots), self.budget, arrived, self._since):
-            self.compress(slots, step)
+        if self.active and self.method.due(self.fill(slots), self.budget, arrived, self._since):
+            self.cache().settle(self, slots, step)
         else:
             self.slots = slots
 
@@ -411,6 +412,26 @@ class GradientProbe:
         layer.slots = slots.map(lambda x: x.index_select(2, past) if x.dim() > 2 else x)
 
 
+class SecondReading:
+    """A pass that stores nothing: it reads the tokens that a layer overflowed with again, behind all that it holds.
+
+    The layer then compresses, with these queries beside those of the first pass. Later layers still get what the
+    uncompressed slots gave.
+    """
+
+    def __init__(self, first: Step | None) -> None:
+        """`first` is the pass that made the layer overflow; None for a layer that did not."""
+        self._first = first
+
+    def attend(self, layer: CompressedLayer, slots: Slots, step: Step) -> Tensor:
+        """Attention output `[B, H_q, n, d_v]`."""
+        out, _ = attend(step, slots, ())
+        first, self._first = self._first, None  # a layer's queries are let go before the next layer's
+        if first is not None:
+            layer.cache().settle(layer, layer.slots, dataclasses.replace(first, again=step))
+        return out.flatten(1, 2)
+
+
 class CompressedCache(Cache):
     """A cache for `model.generate(..., past_key_values=cache)` that holds every layer to a budget.
 
@@ -436,6 +457,7 @@ class CompressedCache(Cache):
         self.split = False
         self._config = config
         self._waiting: list[tuple[CompressedLayer, Step]] = []
+        self._postpones = False
         for layer in self.compressed:
             layer.cache = weakref.ref(self)
 
@@ -497,10 +519,52 @@ class CompressedCache(Cache):
             "make one for this model with kvrepro.make_cache(model, method, budget)"
         )
 
+    def settle(self, layer: CompressedLayer, slots: Slots, step: Step) -> None:
+        """Compress a layer that is due, or let it wait: for a second reading (`postponing`), or for all layers."""
+        if self._postpones:
+            layer.slots = slots
+            self._waiting.append((layer, step))
+        elif layer.method.shares_at(step.queries.shape[3]) and self._to_share(layer, slots):
+            layer.slots = slots
+            self.settle_together(layer, step)
+        else:
+            layer.compress(slots, step)
+
+    def _to_share(self, layer: CompressedLayer, slots: Slots) -> bool:
+        """Whether slots are to be shared out now: once, or, among heads, for each row of a batch once it overflows."""
+        if not layer.method.shares_heads or layer.rooms is None:
+            return not self.split
+        equal = torch.stack([(each.rooms == each.budget).all(dim=1).cpu() for each in self.compressed]).all(dim=0)
+        overflows = (slots.valid.sum(dim=2) > layer.budget).any(dim=1).cpu()
+        return bool((equal & overflows).any())
+
+    @contextmanager
+    def postponing(self) -> Iterator[list[tuple[CompressedLayer, Step]]]:
+        """Inside, layers that are due wait; yields them, with the pass that made them so."""
+        self._postpones = True
+        try:
+            yield self._waiting
+        finally:
+            self._postpones, self._waiting = False, []
+
+    @contextmanager
+    def probing(self, probes: Sequence[GradientProbe | SecondReading]) -> Iterator[None]:
+        """Inside, a pass stores nothing: each compressed layer hands it to its probe, the others forget it."""
+        layers, self.layers = (
+            self.layers,
+            [layer if isinstance(layer, CompressedLayer) else copy.deepcopy(layer) for layer in self.layers],
+        )
+        for layer, probe in zip(self.compressed, probes, strict=True):
+            layer.probe = probe
+        try:
+            yield
+        finally:
+            self.layers = layers
+            for layer in self.compressed:
+                layer.probe = None
+
     def settle_together(self, layer: CompressedLayer, step: Step) -> None:
-        """On the first overflow, once the last layer has attended, let the method split the slots among the layers."""
-        if layer.slots.size <= layer.budget:
-            return
+        """On a first overflow, once the last layer has attended, let the method share slots out, then compress."""
         self._waiting.append((layer, layer.method.waiting(layer.slots, layer.budget, step)))
         if layer is not [each for each in self.compressed if each.budget is not None][-1]:
             return
@@ -532,8 +596,14 @@ class CompressedCache(Cache):
         Right when what a layer is handed does not depend on the method: a prompt read in one pass.
 
         Raises:
-            ValueError: some layers are not compressed layers (sliding windows), or several passes were recorded.
+            ValueError: some layers are not compressed layers (sliding windows), several passes were recorded, or the
+                method takes more of the model than one pass.
         """
+        if not self.method.replayable:
+            raise ValueError(
+                f"{self.method.name}, with the options it has here, takes more of the model than one pass over a "
+                "prompt: read the prompt with kvrepro.prefill instead"
+            )
         if len(passes) != len(self.layers) or any(len(notes) != 1 for notes in passes):
             raise ValueError(
                 "only a prompt read in one pass, by a model whose layers are all compressed, can be replayed"
@@ -545,7 +615,7 @@ class CompressedCache(Cache):
     def reset(self) -> None:
         """Forget everything; the cache can then serve another prompt."""
         super().reset()
-        self.split, self._waiting = False, []
+        self.split, self._waiting, self._postpones = False, [], False
 
 
 def make_cache(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrepro.adapter import cache_arguments, cache_keyword
-from kvrepro.cache import CompressedCache, GradientProbe, Pass, make_cache
+from kvrepro.attention import Step
+from kvrepro.cache import CompressedCache, CompressedLayer, GradientProbe, Pass, SecondReading, make_cache
 from kvrepro.fixed import RepeatedChunk, repeats
 from kvrepro.memory import explained, rows_that_fit
 
@@ -36,6 +36,10 @@ def prefill(
     keep_logits: int = 1,
 ) -> CausalLMOutputWithPast:
     """Read a prompt into a cache, in chunks: no layer ever holds more than budget + chunk slots.
+
+    Some methods take more of the model than one pass, for each chunk that overflows the budget: AsymKV with its loss
+    gradient a forward and a backward pass before the chunk is read, Attention Matching with `queries="repeat"` a
+    forward pass after it. Until that pass has come to a layer, the layer holds its slots, the chunk and its queries.
 
     Args:
         model: the model the cache was made for.
@@ -81,7 +85,13 @@ def prefill(
                 output = CausalLMOutputWithPast(logits=graph(part), **{cache_keyword(model): cache})
                 continue
             full = repeats(model, cache, size)
-            output = read(part, _masked(cache, attention_mask, before, start, start + part.shape[1]))
+            seen = _masked(cache, attention_mask, before, start, start + part.shape[1])
+            if not _reads_twice(cache, part.shape[1]):
+                output = read(part, seen)
+            else:
+                with cache.postponing() as waiting:
+                    output = read(part, seen)
+                _read_again(model, part, cache, waiting, seen)
             full = full and repeats(model, cache, size)
     return output
 
@@ -123,7 +133,8 @@ def _compress_by_loss(model: PreTrainedModel, part: Tensor, cache: CompressedCac
     n = part.shape[1]
     if layers[0].slots is None or layers[0].slots.size + n <= layers[0].budget or n < 2:
         return
-    with _probing(cache) as probes, torch.enable_grad():
+    probes = [GradientProbe() for _ in layers]
+    with cache.probing(probes), torch.enable_grad():
         logits = model(input_ids=part, **cache_arguments(model, cache), **seen).logits
         target = part[:, 1:] if mask is None else part[:, 1:].masked_fill(mask[:, -n + 1 :] == 0, -100)
         loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten())
@@ -132,17 +143,47 @@ def _compress_by_loss(model: PreTrainedModel, part: Tensor, cache: CompressedCac
         probe.compress(layer, gradient)
 
 
-@contextmanager
-def _probing(cache: CompressedCache) -> Iterator[list[GradientProbe]]:
-    """Put a probe into every compressed layer, and take it out again."""
-    probes = [GradientProbe() for _ in cache.compressed]
-    for layer, probe in zip(cache.compressed, probes, strict=True):
-        layer.probe = probe
-    try:
-        yield probes
-    finally:
-        for layer in cache.compressed:
-            layer.probe = None
+def _reads_twice(cache: CompressedCache, arrived: int) -> bool:
+    """Whether a layer that `arrived` tokens overflow waits for a second reading."""
+    return any(layer.active and layer.method.reads_twice(arrived, layer.budget) for layer in cache.compressed)
+
+
+@torch.no_grad()
+def _read_again(
+    model: PreTrainedModel,
+    part: Tensor,
+    cache: CompressedCache,
+    waiting: list[tuple[CompressedLayer, Step]],
+    seen: dict[str, Tensor],
+) -> None:
+    """Read a chunk a second time, behind itself, storing nothing; the layers that waited for it compress.
+
+    Args:
+        model: the model.
+        part: `[B, n]`, the chunk.
+        cache: the cache, which holds the chunk.
+        waiting: the layers that wait, with the pass that made them overflow; nothing is read if there are none.
+        seen: what the model was told of padding for the first reading.
+
+    Raises:
+        ValueError: padding in a model with sliding-window layers, where it would stand between the two readings.
+    """
+    if not waiting:
+        return
+    again, n = {}, part.shape[1]
+    if seen:
+        mask, places = seen["attention_mask"], seen["position_ids"]
+        tokens = mask[:, -n:].sum(dim=1, keepdim=True)
+        if len(cache.compressed) != len(cache.layers) and bool((tokens < n).any()):
+            raise ValueError(
+                f"{cache.method.name} reads this prompt twice, and a padded row's padding would push its first reading "
+                "out of the sliding windows of the second: read prompts of one length, or one at a time"
+            )
+        again = {"attention_mask": torch.cat([mask, mask[:, -n:]], dim=1), "position_ids": places + tokens}
+    firsts = dict(waiting)
+    waiting.clear()
+    with cache.probing([SecondReading(firsts.pop(layer, None)) for layer in cache.compressed]):
+        model(input_ids=part, logits_to_keep=1, **cache_arguments(model, cache), **again)
 
 
 @dataclass(frozen=True)
@@ -388,7 +429,7 @@ def fidelity(
     if reference is None:
         reference = full_reference(model, input_ids, context=context, continuation=continuation)
     first = None
-    if chunk is None and reference.replayable and not _by_loss(cache):
+    if chunk is None and reference.replayable and cache.method.replayable:
         cache.plan(context)
         cache.replay(reference.passes)
     else:

@@ -89,6 +89,7 @@ def test_too_few_bytes(small: Callable, monkeypatch: pytest.MonkeyPatch) -> None
         (("h2o", 2, 0.5), r"bits=\[2\] are not valid; choose of \[16, 8, 4\]"),
         (("h2o", 8, 1.5), "between 0 and 1"),
         (("asymkv", 8, 0.5), "fisher='forward'"),
+        (("attention_matching(queries='repeat')", 8, 0.5), "take queries='prompt' here"),
     ],
 )
 def test_bad_requests(small: Callable, arguments: tuple, message: str) -> None:

@@ -288,6 +288,7 @@ def test_parts_of_a_merge() -> None:
         ({"method": "h3o"}, "unknown method 'h3o'"),
         ({"method": "full"}, "compresses nothing"),
         ({"method": "asymkv"}, "write fisher='forward'"),
+        ({"method": "attention_matching(queries='repeat')"}, "write queries='prompt'"),
         ({"method": "kvmerger(recent=0.9)"}, "lower recent, topk or block"),
         ({"method": "weightedkv", "share": 0.1}, "raise the budget"),
         ({"share": 1.0}, "between 0 and 1"),

@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from oracles.fitting import pursuit
+from recording import recorded
 from scipy.optimize import nnls
 from tiny import tiny_model, tokens
 from torch import Tensor
@@ -17,7 +19,7 @@ from kvrepro.adapter import cache_arguments
 from kvrepro.attention import Step, attend
 from kvrepro.methods.attention_matching import BASES, _alike, _Seen, _Whole
 from kvrepro.rope import Rotation
-from kvrepro.slots import Slots, compact
+from kvrepro.slots import Slots, compact, top
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -188,7 +190,9 @@ def test_numbers_that_are_none_reach_no_slot() -> None:
 # --- reference queries -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("queries", "fitted"), [("prompt", 256), ("prompt", 25), ("prompt", 7), ("gaussian", 10)])
+@pytest.mark.parametrize(
+    ("queries", "fitted"), [("prompt", 256), ("prompt", 25), ("prompt", 7), ("gaussian", 10), ("repeat", 8)]
+)
 def test_padding_and_neighbours_change_no_row(queries: str, fitted: int) -> None:
     """A prompt is compressed to the same slots alone and beside a longer one, and twice to the same bits."""
     model = kvrepro.prepare(tiny_model(layers=2))
@@ -300,6 +304,162 @@ def test_draws_have_the_queries_mean_and_covariance() -> None:
     torch.testing.assert_close(centred.mT @ centred / 20000, off.mT @ off / 20, atol=0.1, rtol=0)
     other = methods.create("attention_matching", queries="gaussian", count=20000, seed=1)
     assert not torch.equal(other._drawn(plain, torch.ones(1, 20, dtype=torch.bool), layer=1), drawn)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_prompt_is_read_twice(kv_heads: int) -> None:
+    """The second reading's queries and outputs are those of the text and its repetition in a full cache."""
+    model = kvrepro.prepare(tiny_model(layers=3, kv_heads=kv_heads))
+    ids = tokens(1, 30)
+    whole = kvrepro.make_cache(model, "full")
+    with recorded(whole) as expected, torch.no_grad():
+        model(torch.cat([ids, ids], dim=1), **cache_arguments(model, whole))
+    cache = kvrepro.make_cache(model, "attention_matching", 16, queries="repeat")
+    with recorded(cache) as passes:
+        logits = kvrepro.prefill(model, ids, cache).logits
+    torch.testing.assert_close(logits, model(ids).logits[:, -1:])
+    for layer, (first, second), (both,) in zip(cache.compressed, passes, expected, strict=True):
+        torch.testing.assert_close(first.output, both.output[:, :, :30])
+        torch.testing.assert_close(second.queries, both.queries[:, :, 30:])
+        torch.testing.assert_close(second.output, both.output[:, :, 30:])
+        assert (layer.fill(layer.slots), layer.seen, layer.row_tokens.tolist()) == (16, 30, [30])
+        assert int(layer.positions.max()) == 29 and layer.probe is None
+        assert torch.equal(layer.window[0].flatten(1, 2), first.queries[:, :, -layer.width :])
+    held = torch.stack([layer.slots.valid.sum(-1) for layer in cache.compressed])
+    assert held.sum() == 16 * held.numel() and bool((held != 16).any())
+
+
+def test_the_second_reading_is_what_is_fitted_to() -> None:
+    """Slots and values are those of `compress` with that pass beside the first."""
+    slots, step = situation(20)
+    repeat = methods.create("attention_matching", queries="repeat")
+    again = dataclasses.replace(
+        step, queries=2 * random(1, 3, 2, 20, 8, seed=8), query_positions=step.query_positions + 20
+    )
+    left = repeat.compress(slots, 14, dataclasses.replace(step, again=again))
+    moved = dataclasses.replace(step, queries=again.queries, query_positions=again.query_positions)
+    other = methods.create("attention_matching").reference(slots, moved, 14)
+    asked = repeat.reference(slots, dataclasses.replace(step, again=again), 14)
+    assert torch.equal(asked.queries, other.queries) and torch.equal(asked.query_positions, other.query_positions)
+    assert not torch.equal(left.values, methods.create("attention_matching").compress(slots, 14, step).values)
+
+
+def test_each_chunk_that_overflows_is_read_twice() -> None:
+    model = kvrepro.prepare(tiny_model(layers=2))
+    cache = kvrepro.make_cache(model, "attention_matching", 16, queries="repeat", window=4)
+    with recorded(cache) as passes:
+        kvrepro.prefill(model, tokens(1, 39), cache, chunk=12)
+    # The first of 12, 12, 12 and 3 fits, and the last is shorter than the window.
+    assert [seen.queries.shape[2] for seen in passes[1]] == [12, 12, 12, 12, 12, 3]
+    assert [layer.fill(layer.slots) for layer in cache.compressed] == [16, 16]
+    assert cache.get_seq_length() == 39
+
+
+def test_a_prompt_that_fits_is_read_once_and_decoding_takes_the_window() -> None:
+    model = kvrepro.prepare(tiny_model(layers=2))
+    ids = tokens(1, 12)
+    repeat, prompt = (
+        kvrepro.make_cache(model, "attention_matching", 16, queries=queries, window=4)
+        for queries in ("repeat", "prompt")
+    )
+    with recorded(repeat) as passes:
+        kvrepro.prefill(model, ids, repeat)
+    assert len(passes[0]) == 1
+    repeat.reset()
+    assert torch.equal(kvrepro.generate(model, ids, repeat, 12), kvrepro.generate(model, ids, prompt, 12))
+    assert torch.equal(repeat.compressed[1].values, prompt.compressed[1].values)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_sliding_windows_hold_no_token_twice(family: str) -> None:
+    """Neither of the second reading nor of the one for AsymKV's gradient."""
+    model = kvrepro.prepare(tiny_model(family))
+    ids = tokens(1, 40)
+    plain = kvrepro.make_cache(model, "attention_matching", 16)
+    for name, options, chunk in (("attention_matching", {"queries": "repeat"}, None), ("asymkv", {}, 4)):
+        cache = kvrepro.make_cache(model, name, 16, **options)
+        kvrepro.prefill(model, ids, cache, chunk=chunk)
+        sliding = [layer for layer in cache.layers if layer not in cache.compressed]
+        assert [layer.get_seq_length() for layer in sliding] == [40]
+        if chunk is None:
+            kvrepro.prefill(model, ids, plain)
+            assert torch.equal(cache.layers[1].keys, plain.layers[1].keys)
+
+
+def test_what_cannot_read_twice_says_so() -> None:
+    model, ids = kvrepro.prepare(tiny_model()), tokens(2, 24)
+    mask = torch.ones_like(ids)
+    options = {"budget": 16, "queries": "repeat"}
+    said = "read the prompt with it, write with kvrepro.generate, or choose queries='prompt'"
+    with pytest.raises(ValueError, match=said):
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=2,
+            past_key_values=kvrepro.make_cache(model, "attention_matching", **options),
+        )
+    full = kvrepro.make_cache(model, "full")
+    passes = full.record()
+    kvrepro.prefill(model, ids, full)
+    for name, more in (("attention_matching", options), ("asymkv", {"budget": 16})):
+        with pytest.raises(ValueError, match=f"{name}, with .* read the prompt with kvrepro.prefill instead"):
+            kvrepro.make_cache(model, name, **more).replay(passes)
+    mixed = kvrepro.prepare(tiny_model("gemma3"))
+    mask[1, :3] = 0
+    with pytest.raises(ValueError, match="read prompts of one length, or one at a time"):
+        kvrepro.prefill(mixed, ids, kvrepro.make_cache(mixed, "attention_matching", **options), attention_mask=mask)
+
+
+# --- keys that are pursued --------------------------------------------------------------------------------------------
+
+
+def test_pursuit_equals_its_loops() -> None:
+    """Head by head, each with its own number of slots; rows of zeros and slots that are no candidates count not."""
+    share = 0.9 * attention(20, 90)
+    chosen = random(2, 3, 90, seed=4) > 1.5
+    candidates = random(2, 3, 90, seed=5) > -1.0
+    count = torch.tensor([[[0], [1], [70]], [[5], [33], [64]]])
+    count = torch.minimum(count, (candidates & ~chosen).sum(2, keepdim=True))
+    found = fit.pursued(share, chosen, candidates, count)
+    assert torch.equal(found.sum(2, keepdim=True), count)
+    for b in range(2):
+        for h in range(3):
+            (known,) = chosen[b, h].nonzero().T.tolist() or [[]]
+            (may,) = (chosen[b, h] | candidates[b, h]).nonzero().T.tolist()
+            rows = share[b, h, :, :, may].flatten(0, 1).numpy()
+            stays = pursuit(rows, [may.index(j) for j in known], int(count[b, h]))
+            (added,) = found[b, h].nonzero().T.tolist()
+            assert sorted(known + added) == sorted(may[j] for j in stays)
+
+
+def test_pursuit_takes_what_the_others_lack() -> None:
+    """Of two slots that the same queries look at, one will do; the highest attention would take both."""
+    share = torch.zeros(1, 1, 1, 10, 4, dtype=torch.float64)
+    share[..., :7, :2] = 0.5
+    share[..., 7:, 2] = 0.5
+    share[..., 3] = 0.05
+    nothing, two = torch.zeros(1, 1, 4, dtype=torch.bool), torch.full((1, 1, 1), 2)
+    assert fit.pursued(share, nothing, ~nothing, two)[0, 0].tolist() == [False, True, True, False]
+    assert top(share.square().sum((2, 3)), ~nothing, two)[0, 0].tolist() == [True, True, False, False]
+
+
+def test_a_padded_row_is_pursued_as_it_is_alone() -> None:
+    """In a row that overflows a second time, too."""
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :8] = 0
+    beside = prefilled(ids, mask, "attention_matching", 16, keys="greedy")
+    alone = prefilled(ids[1:, 8:], None, "attention_matching", 16, keys="greedy")
+    for _ in range(2):
+        for each, row in ((beside, 1), (alone, 0)):
+            assert int(each.compressed[0].slots.valid[row].sum()) == 32
+        both, one = row_of(beside.compressed[0].slots, 1), row_of(alone.compressed[0].slots, 0)
+        assert torch.equal(both.positions, one.positions)
+        torch.testing.assert_close(both.values, one.values)
+        torch.testing.assert_close(both.stats["bias"], one.stats["bias"])
+        model = kvrepro.prepare(tiny_model(layers=1))
+        more = tokens(2, 9)
+        kvrepro.prefill(model, more, beside, attention_mask=torch.ones_like(more))
+        kvrepro.prefill(model, more[1:], alone)
 
 
 # --- the slots of other methods ---------------------------------------------------------------------------------------

@@ -342,6 +342,19 @@ def test_the_gradient_of_the_loss(model: PreTrainedModel, residual: int) -> None
     assert torch.allclose(*found) == (residual == ALL)
 
 
+def test_a_chunk_that_is_read_twice_is_packed_once(model: PreTrainedModel) -> None:
+    """Between the two readings its slots are as the model made them."""
+    for options in ({"heads": "same"}, {"heads": "same", "queries": "repeat"}):
+        cache = kvrepro.make_cache(model, "attention_matching", 16, **options)
+        quantised = kvrepro.quantise(kvrepro.make_cache(model, "attention_matching", 16, **options), bits=8, residual=0)
+        for each in (cache, quantised):
+            kvrepro.prefill(model, tokens(1, 50), each)
+        for plain, layer in zip(cache.compressed, quantised.compressed, strict=True):
+            assert torch.equal(layer.positions, plain.positions) and not layer._opened
+            torch.testing.assert_close(layer.values, plain.values, atol=0.05, rtol=0.05)
+            assert torch.equal(layer.slots.stats["bias"], plain.slots.stats["bias"])
+
+
 def test_reset(model: PreTrainedModel) -> None:
     _, quantised = two(model, "d2o", bits=4)
     first = kvrepro.prefill(model, tokens(1, 50), quantised, chunk=10).logits

@@ -222,11 +222,11 @@ def ask(model: PreTrainedModel, cache: kvrepro.CompressedCache, reading: Reading
         Mean log-likelihood of the answer's tokens, and whether each is the most likely one: exactly then greedy
         decoding gives the answer.
     """
-    if len(reading.passes) == len(cache.layers) and cache.method.name != "asymkv":
+    if len(reading.passes) == len(cache.layers) and cache.method.replayable:
         cache.plan(reading.prompt.shape[1])
         cache.replay(reading.passes)
         logits = reading.logits
-    else:  # sliding-window layers are no part of a replay, and AsymKV wants the loss's gradient
+    else:  # sliding-window layers are no part of a replay, and some methods take more of the model than one pass
         logits = kvrepro.prefill(model, reading.prompt, cache).logits[0, -1]
     if reading.rest.shape[1]:
         logits = kvrepro.prefill(model, reading.rest, cache).logits[0, -1]

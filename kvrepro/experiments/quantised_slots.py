@@ -86,6 +86,8 @@ def same_bytes(
                 )
                 if cell.options.get("fisher") == "loss":
                     raise ValueError(f"{variant.label} reads its context in chunks; take asymkv(fisher='forward') here")
+                if cell.options.get("queries") == "repeat":
+                    raise ValueError(f"{variant.label} reads its context twice; take queries='prompt' here")
                 jobs.append((cell, partial(_same_bytes, bench, cell)))
     return bench.sweep(jobs)
 

@@ -230,6 +230,8 @@ def _check(variants: Sequence[Variant], shares: Sequence[float], context: int, c
             raise ValueError(f"{variant.label} compresses nothing: its error is 0; leave it out")
         if getattr(method, "fisher", None) == "loss":
             raise ValueError(f"{variant.label} needs the loss's gradient, chunk by chunk; write fisher='forward'")
+        if not method.replayable:
+            raise ValueError(f"{variant.label} reads its prompt twice, and here it is replayed; write queries='prompt'")
         for s in shares:
             slots = slots_of(s, context)
             method.resolve(slots).check(slots)

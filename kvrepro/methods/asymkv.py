@@ -34,6 +34,11 @@ class AsymKV(PairMerging):
         "loss", "code: squared gradient of the chunk's loss; 'forward' (ours) needs no gradient", ("loss", "forward")
     )
 
+    @property
+    def replayable(self) -> bool:
+        """Not where the loss's gradient is asked for."""
+        return self.fisher != "loss"
+
     def steady(self, budget: int, arrived: int = 1) -> bool:
         """As pairs merge; only the warning is said on the host."""
         return super().steady(budget, arrived)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvrepro.attention import Step, observe
-from kvrepro.fit import MARGIN, best_weights, fit_values, mixed
+from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued
 from kvrepro.methods.base import POSITIONS, Method, option
 from kvrepro.slots import Slots, compact, protected, top, uniform
 
@@ -61,8 +61,13 @@ class AttentionMatching(Method):
     fitted can be told apart. While decoding, a method that lets one slot go at a time frees a block of them.
 
     The paper's reference queries are those of the context read twice, or of questions that the model asks itself. Both
-    need further passes of the model, which a method here does not have: they are those of the tokens just read, moved
-    to future positions. While decoding they are the last `window` queries.
+    need further passes of the model. By default they are those of the tokens just read, moved to future positions.
+    `queries="repeat"` takes the paper's first way: `kvrepro.prefill` (and so `kvrepro.generate`) reads each chunk that
+    overflows a second time, behind itself and with nothing compressed yet, and stores nothing of that. These queries
+    are moved as well (ours). It costs a second pass over the chunk, until which all layers hold the whole chunk; and
+    its tokens stand behind the prompt, where the model's context must reach. A plain `model.generate` has no such pass:
+    that is an error. While decoding, and for a last chunk shorter than the window, the reference queries are the last
+    `window` ones in any case.
 
     It makes no promise that a CUDA graph can hold `compress` (`steady`, `leaves`): graphs of factorisations have not
     been tried on a GPU. Between two compressions steps are captured all the same.
@@ -89,9 +94,10 @@ class AttentionMatching(Method):
     )
     keys: str = option(
         "rms",
-        "second-hand: the highest root mean square attention of the reference queries; 'mass' (ours) takes their mean; "
-        "a method's name (ours) fits the slots that it leaves",
-        ("rms", "mass", *BASES),
+        "second-hand: the highest root mean square attention of the reference queries; 'greedy' (second-hand) pursues "
+        "what the chosen keys lack of the whole mass; 'mass' (ours) takes the mean; a method's name (ours) fits the "
+        "slots that it leaves",
+        ("rms", "mass", "greedy", *BASES),
     )
     newest: float | None = option(
         None,
@@ -101,8 +107,9 @@ class AttentionMatching(Method):
     )
     queries: str = option(
         "prompt",
-        "ours: the pass's own queries at future positions; 'gaussian' draws from a Gaussian fitted to them",
-        ("prompt", "gaussian"),
+        "ours: the pass's own queries at future positions; 'gaussian' (ours) draws from a Gaussian fitted to them; "
+        "'repeat' (second-hand) takes those of the tokens read a second time, behind themselves",
+        ("prompt", "gaussian", "repeat"),
     )
     heads: str | None = option(
         None,
@@ -212,6 +219,15 @@ class AttentionMatching(Method):
         return self.base is not None and self.base.observes
 
     @property
+    def replayable(self) -> bool:
+        """Not where the tokens are to be read twice."""
+        return self.queries != "repeat"
+
+    def reads_twice(self, arrived: int, budget: int) -> bool:
+        """With `queries="repeat"`, but where the window's queries serve."""
+        return self.queries == "repeat" and arrived > 1 and arrived >= self.window_of(budget)
+
+    @property
     def sums(self) -> bool:
         """As the method that chooses the slots."""
         own = type(self).accumulate is AttentionMatching.accumulate
@@ -302,13 +318,13 @@ class AttentionMatching(Method):
 
     def waiting(self, slots: Slots, budget: int, step: Step) -> Step:
         """What was seen; of the queries themselves two, since a step of one would free a block."""
-        two = dataclasses.replace(step.last(2), queries=step.queries[:, :, :, -2:].clone(), view=None)
+        two = dataclasses.replace(step.last(2), queries=step.queries[:, :, :, -2:].clone(), view=None, again=None)
         return dataclasses.replace(two, found=self._see(slots, budget, step))
 
     def split(self, layers: list[Slots], steps: list[Step], budget: int) -> list[Tensor]:
         """The slots of each head, `[B, H_kv]` int32 a layer: what is attended to most, in whatever head, is kept.
 
-        A row that still fits has the budget in every head.
+        A row that still fits has the budget in every head; one whose slots were shared out before keeps its shares.
 
         Args:
             layers: all slots.
@@ -316,18 +332,22 @@ class AttentionMatching(Method):
             budget: mean slots a head and layer.
         """
         device, least = layers[0].keys.device, self.least_of(budget)
-        ends = self.sinks_of(budget), self.recent_of(budget)
+        ends, size = (self.sinks_of(budget), self.recent_of(budget)), max(slots.size for slots in layers)
         scores, counts = [], []
         for slots, step in zip(layers, steps, strict=True):
             score = step.found.whole.score.masked_fill(protected(slots, *ends), torch.inf)
-            scores.append(score.masked_fill(~slots.valid, -1.0).to(device))
+            score = score.masked_fill(~slots.valid, -1.0).to(device)
+            scores.append(torch.nn.functional.pad(score, (size - slots.size, 0), value=-1.0))
             counts.append(slots.valid.sum(dim=2).to(device))
         score, count = torch.stack(scores, dim=1), torch.stack(counts, dim=1)  # [B, L, H, S], [B, L, H]
         pool = score.sort(dim=-1, descending=True).values[..., least:]
         wanted = (budget - least) * count[0].numel()
         order = pool.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :wanted]
         given = torch.zeros_like(count.flatten(1)).scatter_add_(1, order // pool.shape[-1], torch.ones_like(order))
-        rooms = torch.where(count > budget, least + given.view_as(count), budget).to(torch.int32)
+        known = [torch.full_like(count[:, 0], budget) if x.rooms is None else x.rooms.to(device) for x in steps]
+        old = torch.stack(known, dim=1)  # [B, L, H]
+        first = ((count > budget) & (old == budget).all(dim=(1, 2), keepdim=True)).all(dim=(1, 2), keepdim=True)
+        rooms = torch.where(first, least + given.view_as(count), old).to(torch.int32)
         return [mine.contiguous().to(slots.keys.device) for mine, slots in zip(rooms.unbind(1), layers, strict=True)]
 
     def _left_by_base(self, slots: Slots, budget: int, goal: int, step: Step) -> Slots:
@@ -361,7 +381,10 @@ class AttentionMatching(Method):
         free = wanted - safe.sum(dim=2, keepdim=True)
         first = (free * self.newest).int()
         keep = safe | top(seen.now, slots.valid & ~safe, first)
-        keep = keep | top(score, slots.valid & ~keep, free - first)
+        if self.keys == "greedy":
+            keep = keep | pursued(_shares(seen.asked, seen.whole, slots), keep, slots.valid, free - first)
+        else:
+            keep = keep | top(score, slots.valid & ~keep, free - first)
         if rooms is not None:
             return dataclasses.replace(compact(slots, keep, int(wanted.max())), ragged=True)
         waits = slots.ragged and freed > 0
@@ -372,9 +395,20 @@ class AttentionMatching(Method):
 
         In each row the first half of the queries that count stands in the first m // 2 places, the others in the rest:
         the fit's two halves. Places that are left over have the position -1.
+
+        Raises:
+            ValueError: the tokens were to be read twice, and were not.
         """
         queries, places = step.queries, step.query_positions
-        if queries.shape[3] < self.window_of(budget):
+        again = self.reads_twice(queries.shape[3], budget)
+        if again and step.again is None:
+            raise ValueError(
+                f"{self.name}: queries='repeat' needs the tokens read a second time, which only kvrepro.prefill does: "
+                "read the prompt with it, write with kvrepro.generate, or choose queries='prompt'"
+            )
+        if again:
+            queries, places = step.again.queries, step.again.query_positions
+        elif queries.shape[3] < self.window_of(budget):
             queries, places = step.window_queries, step.window_positions
         queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
         newest = slots.positions.amax(dim=(1, 2))[:, None]  # [B, 1]
@@ -448,8 +482,7 @@ class AttentionMatching(Method):
             could be fitted, and on the second half of the queries, values fitted to the first half have a smaller
             error than the slots as they were.
         """
-        parts = [(found - whole.lse[:, :, :, part, None]).exp() for part, found in asked.logits(left)]
-        share = torch.cat(parts, dim=3)  # [B, H, G, m, S]: of the whole mass
+        share = _shares(asked, whole, left)
         weights = best_weights(share, self.rounds)
         p = _normalised(share * weights[:, :, None, None])
         # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
@@ -527,6 +560,12 @@ def _alike(counts: list[int], limit: int) -> list[tuple[list[int], int]]:
             least = count
         groups[-1] = ([*groups[-1][0], head], count)
     return groups
+
+
+def _shares(asked: Step, whole: _Whole, slots: Slots) -> Tensor:
+    """`[B, H_kv, G, m, S]`: each slot's share of the whole mass that the reference queries see."""
+    parts = [(found - whole.lse[:, :, :, part, None]).exp() for part, found in asked.logits(slots)]
+    return torch.cat(parts, dim=3)
 
 
 def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:

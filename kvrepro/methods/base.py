@@ -164,6 +164,18 @@ class Method:
         return True
 
     @property
+    def replayable(self) -> bool:
+        """Whether one pass over a prompt is all that compressing it takes; else `prefill` must drive the model."""
+        return True
+
+    def reads_twice(self, arrived: int, budget: int) -> bool:
+        """Whether `arrived` tokens that overflow a layer are read again, behind themselves, before it compresses.
+
+        `prefill` sees to it; `compress` then finds the second pass as `step.again`.
+        """
+        return False
+
+    @property
     def shares_layers(self) -> bool:
         """Whether what a layer, or a head, may hold depends on what all layers attend to (see `split`)."""
         return False
@@ -226,7 +238,7 @@ class Method:
         return step
 
     def split(self, layers: list[Slots], steps: list[Step], budget: int) -> list[int] | list[Tensor]:
-        """Share slots out among layers or heads, for methods that do (`shares_layers`); once a cache.
+        """Share slots out among layers, once a cache, or among heads, for each row once it overflows.
 
         Args:
             layers: the slots of the layers, before the first compression.

@@ -147,7 +147,7 @@ def compressed(
     model, _ = prompts.bench.load()
     for group in _readings(prompts) if chunk is None else _groups(prompts):
         cache = new_cache()
-        if group.passes and cache.method.resolved().get("fisher") != "loss":
+        if group.passes and cache.method.replayable:
             cache.plan(group.ids.shape[1])
             cache.replay(list(group.passes))
             yield group, cache, group.logits

@@ -37,7 +37,7 @@ class AttentionMatching(Oracle):
     ) -> None:
         super().__init__(**common)
         self.base, self.log_cardinality = base, base is not None and base.log_cardinality
-        self.power = {"mass": 1, "rms": 2}.get(keys, 0)
+        self.power, self.greedy = 1 if keys == "mass" else 2, keys == "greedy"
         self.queries, self.count, self.fits, self.ahead = queries, count, fitted, ahead
         self.window = max(window, base.window) if isinstance(base, SnapKV) else window
         self.rounds, self.ridge, self.block, self.least = rounds, ridge, block, least
@@ -168,7 +168,8 @@ class AttentionMatching(Oracle):
         first = np.array([i < some // 2 for _ in range(self.group) for i in range(some)])
         asked, totals, outputs = ([x[i] for i in chosen] for x in (asked, totals, outputs))
         if left is None:
-            left = self.chosen(slots, score, self.now(slots, chunk), goal)
+            all_shares = np.array([self.masses(q, slots, chunk.read_keys[head]) for q in asked])
+            left = self.chosen(slots, score, self.now(slots, chunk), goal, all_shares / np.array(totals)[:, None])
         places = read_positions(left, self.positions)
         keys = [rotate(s.key, place - s.position, self.inv_freq) for s, place in zip(left, places, strict=True)]
         share = np.array([self.masses(q, left, keys) for q in asked]) / np.array(totals)[:, None]
@@ -199,12 +200,16 @@ class AttentionMatching(Oracle):
         """e^logit of each slot."""
         return [math.exp(self.logit(query, key, slot)) for key, slot in zip(keys, slots, strict=True)]
 
-    def chosen(self, slots: list[Slot], score: Array, now: Array, goal: int) -> list[Slot]:
+    def chosen(self, slots: list[Slot], score: Array, now: Array, goal: int, share: Array) -> list[Slot]:
         """Sinks, the newest ones, what the newest query attends to most, and what the reference queries do."""
         free = list(range(self.sinks, len(slots) - max(1, self.recent)))
         count = goal - (len(slots) - len(free))
         first = sorted(free, key=lambda j: -now[j])[: int(count * self.newest)]
         free = [j for j in free if j not in first]
+        if self.greedy:
+            safe = [j for j in range(len(slots)) if j not in free]
+            stays = pursuit(share, safe, count - len(first))
+            return [slots[j] for j in sorted(stays)]
         dropped = sorted(free, key=lambda j: score[j])[: len(slots) - goal]
         return [slot for j, slot in enumerate(slots) if j not in dropped]
 
@@ -237,3 +242,25 @@ class AttentionMatching(Oracle):
         pull = ridge * (scaled**2).sum() / p.shape[1]
         change = np.linalg.solve(scaled.T @ scaled + pull * np.eye(p.shape[1]), scaled.T @ (target - p @ start))
         return start + loose[:, None] * change
+
+
+def pursuit(share: Array, chosen: list[int], count: int, rounds: int = 64) -> list[int]:
+    """Orthogonal matching pursuit of share @ w = 1: `chosen` and `count` more columns, count / rounds at a time."""
+    picks, stays, weight = math.ceil(count / rounds), list(chosen), dict.fromkeys(chosen, 1.0)
+    while len(stays) < len(chosen) + count:
+        for _ in range(3):
+            carried = [sum(row[j] * weight[j] for j in stays) for row in share]
+            weight = {
+                j: weight[j]
+                * sum(row[j] for row in share)
+                / sum(row[j] * c for row, c in zip(share, carried, strict=True))
+                for j in stays
+            }
+        lack = [1 - 0.999 * sum(row[j] * weight[j] for j in stays) for row in share]
+        free = [j for j in range(share.shape[1]) if j not in stays]
+        gain = {j: sum(row[j] * x for row, x in zip(share, lack, strict=True)) for j in free}
+        now = min(picks, len(chosen) + count - len(stays))
+        for j in sorted(free, key=lambda j: gain[j])[-now:]:  # of equal ones the later
+            stays.append(j)
+            weight[j] = 1.0
+    return stays
