@@ -45,6 +45,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("kvmerger", {"block": 4, "budget_mode": "threshold", "epsilon": 0.2}),
     ("kvslimmer", {}),
     ("kvslimmer", {"variant": "released"}),
+    ("attention_matching", {"block": 4}),
+    ("attention_matching", {"block": 4, "heads": "same"}),
+    ("attention_matching", {"block": 4, "keys": "greedy"}),
 ]
 
 
