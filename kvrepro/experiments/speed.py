@@ -508,9 +508,9 @@ def _time_compress(cache: CompressedCache, device: torch.device) -> Callable[[],
     """Time every ``compress`` of a cache's layers from now on; the function returned gives their sum in seconds."""
     clock = Clock(device)
 
-    def timed(compress: Callable[[Any], None], step: object) -> None:
+    def timed(compress: Callable[[Any, Any], None], slots: object, step: object) -> None:
         clock.mark()
-        compress(step)
+        compress(slots, step)
         clock.mark()
 
     for layer in cache.compressed:
