@@ -551,7 +551,9 @@ def _facts(own: Sequence[Row]) -> Iterator[str]:
             continue
         closest = min(near, key=lambda other: abs(other.share - row.share))
         there = next((x for s in closest.standings if (x := row.of(s.label))), None)  # variants may lack it
-        if there is not None and not there.level and there.found is not None and row.best.found is not None:
+        if there is None or there.level or there.found is None or row.best.found is None:
+            continue
+        if there.found < row.best.found:  # a lower likelihood alone loses no fact
             lost.append(
                 f"{row.purpose.name}, {row.budget}: {there.title} succeeds in {percent(there.found)} of the prompts, "
                 f"{row.best.title} in {percent(row.best.found)}"

@@ -197,6 +197,8 @@ class TestAdvice:
         assert "H2O succeeds in 0 % of the prompts" in said([*divergence(variant), *lost])
         kept = needles({"full": -0.1, "h2o": -0.1, "snapkv": -0.2, "weightedkv": -3.0})
         assert "do not choose by the mean divergence" not in said([*divergence(self.KL), *kept])
+        less_sure = needles({"full": -0.1, "h2o": -0.9, "snapkv": -0.1, "weightedkv": -3.0})  # and yet found
+        assert "do not choose by the mean divergence" not in said([*divergence(self.KL), *less_sure])
 
     def test_what_the_model_cannot_do_gives_no_advice(self) -> None:
         blind = needles({"full": -5.0, "h2o": -6.0, "snapkv": -5.5, "weightedkv": -7.0})
