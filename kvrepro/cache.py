@@ -626,8 +626,8 @@ def make_cache(
     Args:
         model: a decoder; it is prepared if it was not (see `prepare`).
         method: one of `kvrepro.methods.names()`.
-        budget: slots per KV head and layer, sinks and recent tokens included; a float in (0, 1] is a share of the
-            prompt; None is unlimited.
+        budget: slots per KV head and layer, sinks and recent tokens included, their mean where the method gives layers
+            or heads different numbers; a float in (0, 1] is a share of the prompt; None is unlimited.
         **options: the method's options, see `kvrepro.methods.describe(method)`.
 
     Returns:
