@@ -95,14 +95,13 @@ def fit_values(
     Returns:
         The values and the gain.
     """
-    p, rest = p.double(), target.double()
+    rest = target.double()
     if start is not None:
         start = start.double()
-        rest = rest - mixed(p, start)
+        rest = rest - mixed(p.double(), start)
     dual = p.shape[2] * p.shape[3] < p.shape[4] if dual is None else dual
-    parts = [x[:, :, :, part].flatten(2, 3) for part in _halves(p) for x in (p, rest)]
     columns = max(1, p.shape[4]) if filled is None else filled.clamp_min(1)
-    change, gain = (_dual if dual else _primal)(*parts, ridges, columns)
+    change, gain = (_dual if dual else _primal)(p, rest, ridges, columns)
     return ValueFit(change if start is None else start + change, gain)
 
 
@@ -112,21 +111,18 @@ def _halves(p: Tensor) -> tuple[slice, slice]:
     return slice(half), slice(half, None)
 
 
-def _primal(
-    p: Tensor, rest: Tensor, judge: Tensor, wanted: Tensor, ridges: Sequence[float], columns: int | Tensor
-) -> tuple[Tensor, Tensor]:
+def _primal(p: Tensor, rest: Tensor, ridges: Sequence[float], columns: int | Tensor) -> tuple[Tensor, Tensor]:
     """The change of the values ``[B, H, S, d]``, and what it gains ``[B, H]``, by systems of S equations.
 
     Args:
-        p: ``[B, H, M, S]``, attention of the queries of the first half.
-        rest: ``[B, H, M, d]``, what their outputs lack.
-        judge: ``[B, H, M', S]``, attention of the held-out queries.
-        wanted: ``[B, H, M', d]``, what their outputs lack.
+        p: ``[B, H, G, m, S]``, attention of the queries.
+        rest: ``[B, H, G, m, d]`` float64, what their outputs lack.
         ridges: Ridges to choose from.
         columns: Number of columns of P that count, one for all or ``[B, H]``.
     """
-    gram, moment = p.mT @ p, p.mT @ rest
-    judges, wishes = judge.mT @ judge, judge.mT @ wanted
+    rows, lacks = ([x[:, :, :, part].flatten(2, 3) for part in _halves(p)] for x in (p, rest))
+    gram, judges = ((x.mT @ x).double() for x in rows)
+    moment, wishes = (x.mT.double() @ y for x, y in zip(rows, lacks, strict=True))
 
     def missed(ridge: Tensor) -> Tensor:
         """``[R, B, H]``: the held-out error with each ridge ``[R, B, H]``, less what is the same for all."""
@@ -137,21 +133,22 @@ def _primal(
     return ridge_solution(gram + judges, moment + wishes, ridge, columns), gain
 
 
-def _dual(
-    p: Tensor, rest: Tensor, judge: Tensor, wanted: Tensor, ridges: Sequence[float], columns: int | Tensor
-) -> tuple[Tensor, Tensor]:
+def _dual(p: Tensor, rest: Tensor, ridges: Sequence[float], columns: int | Tensor) -> tuple[Tensor, Tensor]:
     """:func:`_primal` by systems of as many equations as there are queries: X = P'(PP' + r)^-1 R."""
-    every = torch.cat([p, judge], 2)
-    products, first = every @ every.mT, p.shape[2]
-    own, across = products[:, :, :first, :first], products[:, :, first:, :first]
+    rows, rest = p.flatten(2, 3), rest.flatten(2, 3)
+    products = (rows @ rows.mT).double()
+    queries = torch.arange(rows.shape[2], device=p.device).view(p.shape[2], -1)
+    own, held = (queries[:, part].flatten() for part in _halves(p))
+    across = products[:, :, held[:, None], own]
+    first, lacks, wanted = products[:, :, own[:, None], own], rest[:, :, own], rest[:, :, held]
 
     def missed(ridge: Tensor) -> Tensor:
         """As in :func:`_primal`."""
-        found = across @ ridge_solution(own, rest, ridge, columns)  # [R, B, H, M', d]
+        found = across @ ridge_solution(first, lacks, ridge, columns)  # [R, B, H, M', d]
         return (found * (found - 2 * wanted)).sum((-2, -1))
 
-    ridge, gain = _chosen(missed, ridges, own)
-    return every.mT @ ridge_solution(products, torch.cat([rest, wanted], 2), ridge, columns), gain
+    ridge, gain = _chosen(missed, ridges, first)
+    return (rows.mT @ ridge_solution(products, rest, ridge, columns).to(p.dtype)).double(), gain
 
 
 def _chosen(missed: Callable[[Tensor], Tensor], ridges: Sequence[float], gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +205,8 @@ def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = Non
     missed = (second @ path.permute(1, 2, 3, 0) - 1).square().sum(2)  # [B, H, rounds + 1]
     enough = missed <= missed.amin(-1, keepdim=True) + MARGIN * missed[..., :1]
     chosen = enough.int().argmax(-1)[None, ..., None].expand(1, *path.shape[1:])  # the first that is as good
-    return mine.with_(other).descent(rounds).gather(0, chosen)[0].clamp_min(_NOTHING)
+    both = _Masses(share.flatten(2, 3), None if dual else mine.gram + other.gram)
+    return both.descent(rounds).gather(0, chosen)[0].clamp_min(_NOTHING)
 
 
 def pursued(share: Tensor, chosen: Tensor, candidates: Tensor, count: Tensor, *, rounds: int = PURSUIT) -> Tensor:
@@ -263,17 +261,12 @@ class _Masses:
         """The problem of ``rows``; ``dual`` does without the slots' products."""
         return cls(rows, None if dual else rows.mT @ rows)
 
-    def with_(self, other: _Masses) -> _Masses:
-        """The problem of both sets of rows."""
-        gram = None if self.gram is None else self.gram + other.gram
-        return _Masses(torch.cat([self.rows, other.rows], 2), gram)
-
     def descent(self, rounds: int) -> Tensor:
         """``[rounds + 1, B, H, S]``: the w after each round, see :func:`descent`."""
         moment = self.rows.sum(2)
         if self.gram is not None:
             return descent(self.gram, moment, rounds)
-        return _descend(self.product, self.rows.square().sum(2), moment, rounds)
+        return _descend(self.product, torch.linalg.vector_norm(self.rows, dim=2).square(), moment, rounds)
 
     def product(self, w: Tensor) -> Tensor:
         """``[B, H, S]``: M'M w."""

@@ -17,7 +17,8 @@ import kvrepro
 from kvrepro import fit, methods
 from kvrepro.adapter import cache_arguments
 from kvrepro.attention import Step, attend
-from kvrepro.methods.attention_matching import BASES, _alike, _Seen, _Whole
+from kvrepro.methods import attention_matching
+from kvrepro.methods.attention_matching import BASES, AttentionMatching, _alike, _Seen, _Whole
 from kvrepro.rope import Rotation
 from kvrepro.slots import Slots, compact, top
 
@@ -261,6 +262,27 @@ def test_pooled_heads_keep_to_the_budget_and_its_bytes(chunk: int | None) -> Non
         for layer in pooled.compressed:
             assert bool((layer.slots.valid.sum(-1) <= layer.rooms).all()), step
     assert bool((torch.stack([layer.rooms for layer in pooled.compressed])[:, 1] == 20).all())
+
+
+@pytest.mark.parametrize("budget", [8, 20])
+def test_layers_fitted_side_by_side_are_as_each_alone(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many heads memory holds at a time; one row of the batch still fits where the budget is 20."""
+    model = kvrepro.prepare(tiny_model(layers=3))
+    ids, mask = tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :43] = 0
+    caches, sizes = [], []
+    plain = AttentionMatching._compressed
+    for together in (1, 1 << 25):
+        monkeypatch.setattr(attention_matching, "_TOGETHER", together)
+        monkeypatch.setattr(AttentionMatching, "_compressed", lambda *a: sizes.append(len(a[1])) or plain(*a))
+        caches.append(kvrepro.make_cache(model, "attention_matching", budget))
+        kvrepro.prefill(model, ids, caches[-1], attention_mask=mask)
+    assert sizes == [1, 1, 1, 3]
+    for alone, beside in zip(caches[0].compressed, caches[1].compressed, strict=True):
+        assert torch.equal(alone.positions, beside.positions)
+        torch.testing.assert_close(alone.values, beside.values)
+        torch.testing.assert_close(alone.slots.stats["bias"], beside.slots.stats["bias"])
+        assert torch.equal(alone.fallbacks, beside.fallbacks)
 
 
 def test_rows_of_pooled_heads_can_be_reordered() -> None:

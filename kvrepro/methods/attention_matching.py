@@ -32,6 +32,8 @@ BASES: dict[str, dict[str, Any]] = {
 
 #: Streams of the two uniform numbers that a normal one is made of.
 _RADIUS, _ANGLE = 3, 4
+#: Shares of the mass that are held side by side where heads of several layers are fitted, 128 MiB of float32.
+_TOGETHER = 1 << 25
 _SIDES = ("keys", "values", "positions", "cardinality")
 
 
@@ -289,25 +291,29 @@ class AttentionMatching(Method):
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
         """Choose the slots that stay, then fit them to what the reference queries get from all."""
-        freed = self.block_of(budget) - 1 if step.queries.shape[3] == 1 else 0
         seen = step.found or self._see(slots, budget, step)
+        if seen.peers is not None:
+            return seen.peers.compressed(step.layer)
+        return self._compressed([(slots, dataclasses.replace(step, found=seen))], budget)[0]
+
+    def _compressed(self, layers: list[tuple[Slots, Step]], budget: int) -> list[Slots]:
+        """`compress`, several layers side by side, given what was seen of each."""
+        left = [self._left(slots, budget, step) for slots, step in layers]
+        # A row of a batch that still fits stays as it is.
+        cut = [mine.valid.sum(dim=2) < slots.valid.sum(dim=2) for mine, (slots, _) in zip(left, layers, strict=True)]
+        seen = [step.found for _, step in layers]
+        if layers[0][1].rooms is None:
+            fits = [self.fit(mine, its.asked, its.whole) for mine, its in zip(left, seen, strict=True)]
+        else:
+            fits = self._fit_by_size(left, cut, seen, budget)
+        return [_with_fit(*each) for each in zip(left, cut, fits, strict=True)]
+
+    def _left(self, slots: Slots, budget: int, step: Step) -> Slots:
+        """The slots that stay, as they are."""
+        freed = self.block_of(budget) - 1 if step.queries.shape[3] == 1 else 0
         if self.base is None:
-            left = self._chosen(slots, seen, budget, freed, step.rooms)
-        else:
-            left = self._left_by_base(slots, budget, budget - freed, step)
-        cut = left.valid.sum(dim=2) < slots.valid.sum(dim=2)  # [B, H]: a row of a batch that still fits stays as it is
-        if step.rooms is None:
-            values, bias, good = self.fit(left, seen.asked, seen.whole)
-        else:
-            values, bias, good = self._fit_by_size(left, cut, seen, budget)
-        changed = good & cut
-        known = slots.state or self.initial_state(slots)
-        return dataclasses.replace(
-            left,
-            values=torch.where(changed[..., None, None], values, left.values),
-            stats={**left.stats, "bias": left.stats["bias"] + torch.where(changed[..., None], bias, 0.0)},
-            state={"fallbacks": known["fallbacks"] + (cut & ~good).float()},
-        )
+            return self._chosen(slots, step.found, budget, freed, step.rooms)
+        return self._left_by_base(slots, budget, budget - freed, step)
 
     def _see(self, slots: Slots, budget: int, step: Step) -> _Seen:
         """Look at all slots before any leaves."""
@@ -348,7 +354,13 @@ class AttentionMatching(Method):
         old = torch.stack(known, dim=1)  # [B, L, H]
         first = ((count > budget) & (old == budget).all(dim=(1, 2), keepdim=True)).all(dim=(1, 2), keepdim=True)
         rooms = torch.where(first, least + given.view_as(count), old).to(torch.int32)
-        return [mine.contiguous().to(slots.keys.device) for mine, slots in zip(rooms.unbind(1), layers, strict=True)]
+        shares = [mine.contiguous().to(slots.keys.device) for mine, slots in zip(rooms.unbind(1), layers, strict=True)]
+        seen = [dataclasses.replace(step.found) for step in steps]  # which know of no peers, so that all is let go
+        told = [dataclasses.replace(x, rooms=y, found=z) for x, y, z in zip(steps, shares, seen, strict=True)]
+        peers = _Peers(self, budget, list(zip(layers, told, strict=True)))
+        for step in steps:
+            step.found.peers = peers
+        return shares
 
     def _left_by_base(self, slots: Slots, budget: int, goal: int, step: Step) -> Slots:
         """The slots that the method of `keys` leaves, `goal` of those of a row that exceeds the budget."""
@@ -380,7 +392,7 @@ class AttentionMatching(Method):
         wanted = torch.where(count > room, room - freed, count)
         free = wanted - safe.sum(dim=2, keepdim=True)
         first = (free * self.newest).int()
-        keep = safe | top(seen.now, slots.valid & ~safe, first)
+        keep = safe | top(seen.now.expand_as(score).contiguous(), slots.valid & ~safe, first)
         if self.keys == "greedy":
             keep = keep | pursued(_shares(seen.asked, seen.whole, slots), keep, slots.valid, free - first)
         else:
@@ -410,6 +422,8 @@ class AttentionMatching(Method):
             queries, places = step.again.queries, step.again.query_positions
         elif queries.shape[3] < self.window_of(budget):
             queries, places = step.window_queries, step.window_positions
+        if self.queries != "gaussian":
+            queries, places = queries[:, :, :, -self.count :], places[:, -self.count :]
         queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
         newest = slots.positions.amax(dim=(1, 2))[:, None]  # [B, 1]
         if self.queries == "gaussian":
@@ -418,7 +432,6 @@ class AttentionMatching(Method):
             rank = torch.arange(self.count, dtype=torch.int32, device=places.device).expand(len(places), -1)
             old, empty = torch.zeros_like(rank), (newest < 0).expand_as(rank)
         else:
-            queries, places = queries[:, :, :, -self.count :], places[:, -self.count :]
             rank, empty = _in_halves(_counted(places), places.shape[1])
             source = rank + places.shape[1] - _counted(places)  # padding is in front
             index = source.clamp_min(0)
@@ -449,25 +462,41 @@ class AttentionMatching(Method):
         normal = (-2 * (1 - radius).log()).sqrt() * (2 * math.pi * angle).cos()
         return (mean + normal.view(h, g, self.count, d).double() @ factor.mT).to(queries.dtype)
 
-    def _fit_by_size(self, left: Slots, cut: Tensor, seen: _Seen, budget: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _fit_by_size(
+        self, left: list[Slots], cut: list[Tensor], seen: list[_Seen], budget: int
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """`fit`, heads of like numbers of slots side by side; those that lost none, not in `cut` `[B, H_kv]`, are not.
 
-        A group takes no more memory than all heads do with `budget` slots each, and less than half of it is empty.
+        A group of heads, which may be of several layers, takes no more memory than all heads of a layer do with
+        `budget` slots each, or than `_TOGETHER` says, and less than half of it is empty.
         """
-        b, h = cut.shape
-        rows = lambda x: x.flatten(0, 1).unsqueeze(1)  # noqa: E731
-        slots, asked, whole = left.map(rows), seen.asked, seen.whole
-        queries, places = rows(asked.queries), asked.query_positions.repeat_interleave(h, dim=0)
-        lse, output = rows(whole.lse), rows(whole.output)
-        values, bias = left.values.flatten(0, 1).clone(), torch.zeros_like(left.stats["bias"]).flatten(0, 1)
-        good = torch.ones_like(cut).flatten()
-        for heads, width in _alike((left.valid.sum(dim=2) * cut).flatten().tolist(), b * h * budget):
-            index = torch.tensor(heads, device=cut.device)
-            part = slots.map(lambda x: x[index][:, :, -width:] if x.dim() > 2 else x[index])  # noqa: B023
+        b, h = cut[0].shape
+        size = max(slots.size for slots in left)
+
+        def rows(parts: list[Tensor]) -> Tensor:
+            """Of `[B, H_kv, ...]` a layer: every head of every layer as a row with one head."""
+            return torch.cat([x.flatten(0, 1) for x in parts]).unsqueeze(1)
+
+        left = [slots if slots.size == size else slots.pad(size) for slots in left]
+        sides = {name: rows([getattr(slots, name) for slots in left]) for name in _SIDES}
+        stats = {name: rows([slots.stats[name] for slots in left]) for name in left[0].stats}
+        slots = Slots(**sides, stats=stats, dense=False, ragged=True)
+        asked = seen[0].asked
+        queries = rows([its.asked.queries for its in seen])
+        places = torch.cat([its.asked.query_positions.repeat_interleave(h, dim=0) for its in seen])
+        lse, output = rows([its.whole.lse for its in seen]), rows([its.whole.output for its in seen])
+        values, bias = slots.values.clone(), torch.zeros_like(slots.stats["bias"])
+        fitted = torch.cat([x.flatten() for x in cut])
+        good = torch.ones_like(fitted)
+        limit = max(b * h * budget, _TOGETHER // lse[0].numel())
+        for heads, width in _alike((slots.valid.sum(dim=(1, 2)) * fitted).tolist(), limit):
+            index = torch.tensor(heads, device=fitted.device)
+            part = slots.map(lambda x: x[index][:, :, -width:])  # noqa: B023
             step = dataclasses.replace(asked, queries=queries[index], query_positions=places[index])
             found = self.fit(part, step, _Whole(lse[index], output[index]))
-            values[index, -width:], bias[index, -width:], good[index] = (x.squeeze(1) for x in found)
-        return values.view_as(left.values), bias.view_as(left.stats["bias"]), good.view(b, h)
+            values[index, :, -width:], bias[index, :, -width:], good[index] = *found[:2], found[2].squeeze(1)
+        split = [x.view(len(left), b, h, *x.shape[2:]).unbind(0) for x in (values, bias)]
+        return list(zip(*split, good.view(len(left), b, h).unbind(0), strict=True))
 
     def fit(self, left: Slots, asked: Step, whole: _Whole) -> tuple[Tensor, Tensor, Tensor]:
         """What the kept slots should have.
@@ -484,18 +513,19 @@ class AttentionMatching(Method):
         """
         share = _shares(asked, whole, left)
         weights = best_weights(share, self.rounds)
-        p = _normalised(share * weights[:, :, None, None])
+        judge = slice(share.shape[3] // 2, None)
+        before = _squared(mixed(_normalised(share[:, :, :, judge]), left.values) - whole.output[:, :, :, judge])
+        p = _normalised(share.mul_(weights[:, :, None, None]))
         # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
         loose = 1 - p.amax(dim=(2, 3))  # [B, H, S]
         rest = whole.output - mixed(p, left.values)
         ridges = [self.ridge * factor for factor in (1, 10, 100)]
         filled = left.valid.sum(dim=2) if left.ragged else None
-        found = fit_values(p * loose[:, :, None, None], rest, None, ridges, filled=filled)
-        before, biased = (_missed(x, left.values, whole.output) for x in (_normalised(share), p))
+        found = fit_values(p.mul_(loose[:, :, None, None]), rest, None, ridges, filled=filled)
         values = (left.values + loose[..., None] * found.values).to(left.values.dtype)
         bias = weights.log().to(left.stats["bias"].dtype)
         sound = values.isfinite().all(-1).all(-1) & bias.isfinite().all(-1)
-        return values, bias, sound & (biased - found.gain < (1 - MARGIN) * before)
+        return values, bias, sound & (_squared(rest[:, :, :, judge]) - found.gain < (1 - MARGIN) * before)
 
 
 @dataclass(frozen=True)
@@ -514,20 +544,64 @@ class _Whole:
     score: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Seen:
     """What queries see of all slots before any leaves.
 
     Attributes:
         asked: the reference queries that are fitted to.
         whole: what they get; the score is that of all reference queries.
-        now: `[B, H_kv, S]`, the newest query's attention to a slot's token, the mean over the heads of the layer that
-            hold it; None with a method's `keys`.
+        now: `[B, H_kv, S]`, or `[B, 1, S]` where it is the same for all heads, the newest query's attention to a slot's
+            token, the mean over the heads of the layer that hold it; None with a method's `keys`.
+        peers: the layers that this one shares its slots with, once they are shared out.
     """
 
     asked: Step
     whole: _Whole
     now: Tensor | None
+    peers: _Peers | None = None
+
+
+class _Peers:
+    """Layers that shared out their slots: they are compressed in turn, a few side by side where memory allows."""
+
+    def __init__(self, method: AttentionMatching, budget: int, layers: list[tuple[Slots, Step]]) -> None:
+        """Layers in turn, all their slots and what was seen of them, with the `rooms` that they were given."""
+        self._method, self._budget = method, budget
+        self._waiting = {step.layer: (slots, step) for slots, step in layers}
+        self._done: dict[int, Slots] = {}
+
+    def compressed(self, layer: int) -> Slots:
+        """The slots that a layer is left with."""
+        if layer not in self._done:
+            slots, step = self._waiting[layer]
+            alike = [i for i, other in self._waiting.items() if _can_join(step, other[1])]
+            each = step.rooms.numel() * self._budget * step.found.whole.lse[0, 0].numel()
+            now = alike[alike.index(layer) :][: max(1, _TOGETHER // each)]
+            layers = [self._waiting.pop(i) for i in now]
+            self._done.update(zip(now, self._method._compressed(layers, self._budget), strict=True))
+        return self._done.pop(layer)
+
+
+def _can_join(one: Step, other: Step) -> bool:
+    """Whether heads of two layers can be fitted side by side."""
+    same = [
+        (x.scale, x.softcap, x.rotation, x.found.asked.queries.shape, x.found.whole.output.shape) for x in (one, other)
+    ]
+    return same[0] == same[1] and one.queries.device == other.queries.device
+
+
+def _with_fit(left: Slots, cut: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> Slots:
+    """The slots with what was fitted to them, in the heads `[B, H_kv]` bool that lost any and could be fitted."""
+    values, bias, good = (x[:, :, -left.size :] if x.dim() > 2 else x for x in found)
+    changed = good & cut
+    known = left.state.get("fallbacks", torch.zeros_like(cut, dtype=torch.float32))
+    return dataclasses.replace(
+        left,
+        values=torch.where(changed[..., None, None], values, left.values),
+        stats={**left.stats, "bias": left.stats["bias"] + torch.where(changed[..., None], bias, 0.0)},
+        state={"fallbacks": known + (cut & ~good).float()},
+    )
 
 
 def _look(asked: Step, slots: Slots, keys: str) -> _Whole:
@@ -537,9 +611,9 @@ def _look(asked: Step, slots: Slots, keys: str) -> _Whole:
 
 
 def _by_token(score: Tensor, slots: Slots) -> Tensor:
-    """The mean of a score `[B, H_kv, S]` over the heads that hold a slot of the same token."""
+    """The mean of a score `[B, H_kv, S]` over the heads that hold a slot of the same token; `[B, 1, S]` if all do."""
     if slots.dense:
-        return score.mean(dim=1, keepdim=True).expand_as(score).contiguous()
+        return score.mean(dim=1, keepdim=True)
     token = (slots.positions + 1).flatten(1).long()  # 0 is no token
     total = score.new_zeros(len(score), int(token.max()) + 1).scatter_add_(1, token, score.flatten(1))
     holders = torch.zeros_like(total).scatter_add_(1, token, torch.ones_like(score).flatten(1))
@@ -565,7 +639,7 @@ def _alike(counts: list[int], limit: int) -> list[tuple[list[int], int]]:
 def _shares(asked: Step, whole: _Whole, slots: Slots) -> Tensor:
     """`[B, H_kv, G, m, S]`: each slot's share of the whole mass that the reference queries see."""
     parts = [(found - whole.lse[:, :, :, part, None]).exp() for part, found in asked.logits(slots)]
-    return torch.cat(parts, dim=3)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
 def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:
@@ -647,7 +721,6 @@ def _normalised(share: Tensor) -> Tensor:
     return share / share.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
 
 
-def _missed(p: Tensor, values: Tensor, target: Tensor) -> Tensor:
-    """`[B, H_kv]` float64: squared error of the second half of the queries, attention `[B, H_kv, G, m, S]`."""
-    half = p.shape[3] // 2
-    return (mixed(p[:, :, :, half:], values) - target[:, :, :, half:]).double().square().sum(dim=(2, 3, 4))
+def _squared(error: Tensor) -> Tensor:
+    """`[B, H_kv]` float64: the squares of `[B, H_kv, G, m, d]`, summed."""
+    return error.double().square().sum(dim=(2, 3, 4))
