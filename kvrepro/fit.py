@@ -291,14 +291,15 @@ def descent(gram: Tensor, moment: Tensor, rounds: int) -> Tensor:
 
 def _descend(product: Callable[[Tensor], Tensor], squares: Tensor, moment: Tensor, rounds: int) -> Tensor:
     """:func:`descent`, given how to multiply by M'M, and its diagonal ``[..., S]``."""
-    length = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+    tiny, eps = torch.finfo(squares.dtype).tiny, torch.finfo(squares.dtype).eps
+    length = squares.clamp_min(tiny).sqrt()
     # The largest sum of a row is above the largest eigenvalue; a head without attention has none.
-    stride = 1 / (product(1 / length) / length).amax(-1, keepdim=True).clamp_min(torch.finfo(squares.dtype).eps)
-    now = ahead = length
+    stride = 1 / (product(1 / length) / length).amax(-1, keepdim=True).clamp_min(eps)
+    stride = torch.where(squares > tiny, stride / squares, 0.0)  # of w itself, whose columns are not scaled
+    now = ahead = torch.ones_like(length)
     path = [now]
     for k in range(rounds):
-        step = (product(ahead / length) - moment) / length
-        now = (ahead - stride * step).clamp_min(0)
-        ahead = now + k / (k + 3) * (now - path[-1])
+        now = torch.addcmul(ahead, stride, product(ahead) - moment, value=-1).clamp_min_(0)
+        ahead = torch.lerp(path[-1], now, 1 + k / (k + 3))
         path.append(now)
-    return torch.stack(path) / length
+    return torch.stack(path)

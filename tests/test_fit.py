@@ -272,7 +272,7 @@ def test_layers_fitted_side_by_side_are_as_each_alone(budget: int, monkeypatch: 
     mask[1, :43] = 0
     caches, sizes = [], []
     plain = AttentionMatching._compressed
-    for together in (1, 1 << 25):
+    for together in (1, 1 << 27):
         monkeypatch.setattr(attention_matching, "_TOGETHER", together)
         monkeypatch.setattr(AttentionMatching, "_compressed", lambda *a: sizes.append(len(a[1])) or plain(*a))
         caches.append(kvrepro.make_cache(model, "attention_matching", budget))

@@ -32,8 +32,8 @@ BASES: dict[str, dict[str, Any]] = {
 
 #: Streams of the two uniform numbers that a normal one is made of.
 _RADIUS, _ANGLE = 3, 4
-#: Shares of the mass that are held side by side where heads of several layers are fitted, 128 MiB of float32.
-_TOGETHER = 1 << 25
+#: Shares of the mass that are held side by side where heads of several layers are fitted, 512 MiB of float32.
+_TOGETHER = 1 << 27
 _SIDES = ("keys", "values", "positions", "cardinality")
 
 
