@@ -638,7 +638,7 @@ def _alike(counts: list[int], limit: int) -> list[tuple[list[int], int]]:
 
 def _shares(asked: Step, whole: _Whole, slots: Slots) -> Tensor:
     """`[B, H_kv, G, m, S]`: each slot's share of the whole mass that the reference queries see."""
-    parts = [(found - whole.lse[:, :, :, part, None]).exp() for part, found in asked.logits(slots)]
+    parts = [found.sub_(whole.lse[:, :, :, part, None]).exp_() for part, found in asked.logits(slots)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
