@@ -39,7 +39,7 @@ class ValueFit:
     """Values fitted to queries.
 
     Attributes:
-        values: ``[B, H_kv, S, d]`` float64; NaN in heads whose system could not be solved.
+        values: ``[B, H_kv, S, d]`` in the type of P; NaN in heads whose system could not be solved.
         gain: ``[B, H_kv]`` float64, by how much the squared error on the held-out queries fell below that of the values
             that the fit started from, when the chosen ridge was fitted to the others; -inf where no ridge could be
             solved.
@@ -55,11 +55,12 @@ def mixed(p: Tensor, values: Tensor) -> Tensor:
 
 
 def best_values(p: Tensor, target: Tensor, start: Tensor, ridges: Sequence[float] = RIDGES) -> Tensor:
-    """Values that give queries the output they should get: ridge regression in float64, head by head.
+    """Values that give queries the output they should get: ridge regression, head by head.
 
     min |P V - O|^2 + r |V - V_0|^2. The ridge pulls to the slots' own values, not to 0, so that a slot that no query
     looks at keeps its value (ours). r is the ridge of those offered, times the mean square of a column of P, with which
-    a fit to the first half of the queries is best on the second half; then all queries are fitted to.
+    a fit to the first half of the queries is best on the second half; then all queries are fitted to. Products of P with
+    itself are formed in its own type, the systems solved in float64.
 
     Args:
         p: ``[B, H_kv, G, m, S]``, attention of the queries to the slots; a row of zeros with a target of 0 counts not.
@@ -68,7 +69,7 @@ def best_values(p: Tensor, target: Tensor, start: Tensor, ridges: Sequence[float
         ridges: Ridges to choose from.
 
     Returns:
-        ``[B, H_kv, S, d]`` float64.
+        ``[B, H_kv, S, d]`` in the type of P.
     """
     return fit_values(p, target, start, ridges).values
 
@@ -102,7 +103,7 @@ def fit_values(
     dual = p.shape[2] * p.shape[3] < p.shape[4] if dual is None else dual
     columns = max(1, p.shape[4]) if filled is None else filled.clamp_min(1)
     change, gain = (_dual if dual else _primal)(p, rest, ridges, columns)
-    return ValueFit(change if start is None else start + change, gain)
+    return ValueFit(change if start is None else (start + change).to(p.dtype), gain)
 
 
 def _halves(p: Tensor) -> tuple[slice, slice]:
@@ -130,7 +131,7 @@ def _primal(p: Tensor, rest: Tensor, ridges: Sequence[float], columns: int | Ten
         return (change * (judges @ change - 2 * wishes)).sum((-2, -1))
 
     ridge, gain = _chosen(missed, ridges, gram)
-    return ridge_solution(gram + judges, moment + wishes, ridge, columns), gain
+    return ridge_solution(gram + judges, moment + wishes, ridge, columns).to(p.dtype), gain
 
 
 def _dual(p: Tensor, rest: Tensor, ridges: Sequence[float], columns: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +149,7 @@ def _dual(p: Tensor, rest: Tensor, ridges: Sequence[float], columns: int | Tenso
         return (found * (found - 2 * wanted)).sum((-2, -1))
 
     ridge, gain = _chosen(missed, ridges, first)
-    return (rows.mT @ ridge_solution(products, rest, ridge, columns).to(p.dtype)).double(), gain
+    return rows.mT @ ridge_solution(products, rest, ridge, columns).to(p.dtype), gain
 
 
 def _chosen(missed: Callable[[Tensor], Tensor], ridges: Sequence[float], gram: Tensor) -> tuple[Tensor, Tensor]:

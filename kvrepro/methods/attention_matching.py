@@ -122,8 +122,8 @@ class AttentionMatching(Method):
     least: float | None = option(
         None, "ours: where slots are pooled, each head has this share of the budget at least (None is 0.1)"
     )
-    count: int = option(1024, "ours: reference queries a query head, the last ones of the pass; they choose the keys")
-    fitted: int = option(256, "ours: of these, those that biases and values are fitted to, spread evenly over them")
+    count: int = option(1024, "ours: reference queries a query head, spread evenly over the pass; they choose the keys")
+    fitted: int = option(128, "ours: of these, those that biases and values are fitted to, spread evenly over them")
     ahead: int = option(128, "ours: they stand at the next 128 positions, in turns")
     window: int | None = option(None, "ours: reference queries while decoding; None is budget / 16, at most 32")
     rounds: int = option(10, "ours: rounds at most of the fit of biases; 0 fits none")
@@ -422,21 +422,19 @@ class AttentionMatching(Method):
             queries, places = step.again.queries, step.again.query_positions
         elif queries.shape[3] < self.window_of(budget):
             queries, places = step.window_queries, step.window_positions
-        if self.queries != "gaussian":
-            queries, places = queries[:, :, :, -self.count :], places[:, -self.count :]
-        queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
         newest = slots.positions.amax(dim=(1, 2))[:, None]  # [B, 1]
         if self.queries == "gaussian":
-            plain = _turned(step, queries, -places.clamp_min(0))
+            wide = queries.to(torch.promote_types(queries.dtype, torch.float32))
+            plain = _turned(step, wide, -places.clamp_min(0))
             queries = self._drawn(plain, places >= 0, step.layer)
             rank = torch.arange(self.count, dtype=torch.int32, device=places.device).expand(len(places), -1)
             old, empty = torch.zeros_like(rank), (newest < 0).expand_as(rank)
         else:
-            rank, empty = _in_halves(_counted(places), places.shape[1])
-            source = rank + places.shape[1] - _counted(places)  # padding is in front
-            index = source.clamp_min(0)
-            if slots.ragged:
-                queries = queries.gather(3, index[:, None, None, :, None].expand_as(queries))
+            n, count = places.shape[1], _counted(places)
+            rank, among, empty = _evenly(count, min(n, self.count))
+            index = (among + n - count).clamp(0, n - 1)  # padding is in front
+            queries = queries.gather(3, index[:, None, None, :, None].expand(*queries.shape[:3], -1, queries.shape[4]))
+            queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
             old = places.gather(1, index)
         place = (newest + 1 + rank.clamp_min(0) % self.ahead).to(torch.int32)
         turned = _turned(step, queries, place - old).to(slots.keys.dtype)
@@ -665,9 +663,7 @@ def _spread(asked: Step, whole: _Whole, size: int) -> tuple[Step, _Whole]:
     if m <= size:
         return asked, whole
     count = _counted(places)
-    some = count.clamp_max(size)
-    rank, empty = _in_halves(some, size)
-    rank = count - 1 - (some - 1 - rank) * count // some.clamp_min(1)  # among all that count
+    _, rank, empty = _evenly(count, size)
     index = rank + torch.where(rank < count // 2, m // 2 - count // 2, m - count)  # see `_in_halves`
     index = index.clamp(0, m - 1)
     column = index[:, None, None].expand(*whole.lse.shape[:3], size)
@@ -692,6 +688,22 @@ def _spread(asked: Step, whole: _Whole, size: int) -> tuple[Step, _Whole]:
 def _counted(places: Tensor) -> Tensor:
     """`[B, 1]` int64: how many of the positions `[B, m]` are those of a query."""
     return (places >= 0).sum(dim=1, keepdim=True)
+
+
+def _evenly(count: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of a row's queries stands in each of `size` places: spread evenly over all, the newest among them.
+
+    Args:
+        count: `[B, 1]`, queries that count.
+        size: places.
+
+    Returns:
+        `[B, size]` each: the place's rank among those that are chosen, in halves (see `_in_halves`), its rank among all
+        that count, and that there is none.
+    """
+    some = count.clamp_max(size)
+    rank, empty = _in_halves(some, size)
+    return rank, count - 1 - (some - 1 - rank) * count // some.clamp_min(1), empty
 
 
 def _in_halves(count: Tensor, m: int) -> tuple[Tensor, Tensor]:
