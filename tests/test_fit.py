@@ -128,6 +128,26 @@ def evicted(left: Slots, slots: Slots, head: int) -> bool:
     return all(same) and not bool(left.stats["bias"][:, head].any())
 
 
+@pytest.mark.parametrize("padding, chosen", [(0, [2, 5, 8, 11]), (6, [7, 8, 10, 11]), (9, [9, 10, 11])])
+def test_reference_queries_are_spread_over_the_pass(padding: int, chosen: list[int]) -> None:
+    """The newest is among them, padding is not; they stand behind it, told here by their lengths."""
+    slots, step = situation(12)
+    places = torch.arange(-padding, 12 - padding, dtype=torch.int32).clamp_min(-1)[None]
+    valid = (torch.arange(20) >= 8 + padding).expand_as(slots.positions)
+    slots = dataclasses.replace(
+        slots,
+        positions=torch.arange(-8 - padding, 12 - padding, dtype=torch.int32).expand_as(valid).masked_fill(~valid, -1),
+        cardinality=valid.to(torch.int32),
+        ragged=True,
+    )
+    step = dataclasses.replace(step, query_positions=places)
+    asked = methods.create("attention_matching", count=4).reference(slots, step, 6)
+    there = asked.query_positions[0] >= 0
+    lengths = asked.queries.norm(dim=-1)[0, 0, 0][there]
+    torch.testing.assert_close(lengths, step.queries.norm(dim=-1)[0, 0, 0, chosen])
+    assert asked.query_positions[0, there].tolist() == [12 - padding + i for i in range(len(chosen))]
+
+
 def test_heads_that_can_be_fitted_are() -> None:
     slots, step = situation(20)
     left = methods.create("attention_matching").compress(slots, 14, step)

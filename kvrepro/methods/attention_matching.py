@@ -122,7 +122,7 @@ class AttentionMatching(Method):
     least: float | None = option(
         None, "ours: where slots are pooled, each head has this share of the budget at least (None is 0.1)"
     )
-    count: int = option(1024, "ours: reference queries a query head, spread evenly over the pass; they choose the keys")
+    count: int = option(2048, "ours: reference queries a query head, spread evenly over the pass; they choose the keys")
     fitted: int = option(128, "ours: of these, those that biases and values are fitted to, spread evenly over them")
     ahead: int = option(128, "ours: they stand at the next 128 positions, in turns")
     window: int | None = option(None, "ours: reference queries while decoding; None is budget / 16, at most 32")
