@@ -25,8 +25,8 @@ class AttentionMatching(Oracle):
         heads: str | None = None,
         least: float = 0.1,
         queries: str = "prompt",
-        count: int = 1024,
-        fitted: int = 256,
+        count: int = 2048,
+        fitted: int = 128,
         ahead: int = 128,
         window: int = 2,
         rounds: int = 10,
@@ -126,7 +126,7 @@ class AttentionMatching(Oracle):
         return [
             [
                 rotate(query, newest + 1 + i % self.ahead - place, self.inv_freq)
-                for i, (place, query) in enumerate(past[-self.count :])
+                for i, (place, query) in enumerate(past[j] for j in evenly(len(past), self.count))
             ]
             for past in group
         ]
@@ -162,10 +162,9 @@ class AttentionMatching(Oracle):
         group, totals, outputs, score = self.look(head, slots, chunk)
         asked = [query for queries in group for query in queries]
         # The queries that are fitted to: evenly spread ones of each query head, the newest among them.
-        n, some = len(group[0]), min(len(group[0]), self.fits)
-        spread = [n - 1 - (some - 1 - i) * n // some for i in range(some)]
+        n, spread = len(group[0]), evenly(len(group[0]), self.fits)
         chosen = [g * n + i for g in range(self.group) for i in spread]
-        first = np.array([i < some // 2 for _ in range(self.group) for i in range(some)])
+        first = np.array([i < len(spread) // 2 for _ in range(self.group) for i in range(len(spread))])
         asked, totals, outputs = ([x[i] for i in chosen] for x in (asked, totals, outputs))
         if left is None:
             all_shares = np.array([self.masses(q, slots, chunk.read_keys[head]) for q in asked])
@@ -242,6 +241,12 @@ class AttentionMatching(Oracle):
         pull = ridge * (scaled**2).sum() / p.shape[1]
         change = np.linalg.solve(scaled.T @ scaled + pull * np.eye(p.shape[1]), scaled.T @ (target - p @ start))
         return start + loose[:, None] * change
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """At most `most` of n places, evenly spread, the last among them."""
+    some = min(n, most)
+    return [n - 1 - (some - 1 - i) * n // some for i in range(some)]
 
 
 def pursuit(share: Array, chosen: list[int], count: int, rounds: int = 64) -> list[int]:
