@@ -156,15 +156,55 @@ def test_heads_that_can_be_fitted_are() -> None:
     assert float(left.state["fallbacks"].sum()) < 3
 
 
-@pytest.mark.parametrize("options", [{}, {"count": 1}])
-def test_too_few_queries_to_fit_and_judge(options: dict[str, int]) -> None:
+def test_too_few_queries_to_fit_and_judge() -> None:
     """One query cannot do both: the slots that stay are as they were, in every head."""
-    slots, step = situation(2 if options else 1)
-    left = methods.create("attention_matching", block=1, **options).compress(slots, 14, step)
+    slots, step = situation(2)
+    method = methods.create("attention_matching", count=1)
+    left = method.compress(slots, 14, step)
     assert all(evicted(left, slots, head) for head in range(3))
     assert left.state["fallbacks"].tolist() == [[1.0, 1.0, 1.0]]
-    again = methods.create("attention_matching", **options).compress(left, 12, situation(2)[1])
+    again = method.compress(left, 12, step)
     assert bool((again.state["fallbacks"] >= 1).all())
+
+
+def test_while_decoding_what_was_fitted_stays() -> None:
+    """A window's queries choose slots; what a prompt's gave the slots that stay is not fitted again."""
+    model, ids = kvrepro.prepare(tiny_model(layers=2)), tokens(1, 80)
+    cache = kvrepro.make_cache(model, "attention_matching", 16, heads="same", window=6, block=4)
+    kvrepro.prefill(model, ids[:, :40], cache)
+    before = [layer.slots for layer in cache.compressed]
+    assert any(bool(slots.stats["bias"].any()) for slots in before)
+    with torch.no_grad():
+        for at in range(40, 48):
+            model(ids[:, at : at + 1], **cache_arguments(model, cache))
+    for old, layer in zip(before, cache.compressed, strict=True):
+        new = layer.slots
+        same = new.positions.unsqueeze(-1) == old.positions.unsqueeze(2)  # [B, H, S', S]
+        stays, index = same.any(-1), same.int().argmax(-1)
+        assert bool(stays.any()) and new.size < old.size + 8
+        kept = old.values.gather(2, index.unsqueeze(-1).expand(*index.shape, old.values.shape[-1]))
+        assert torch.equal(new.values[stays], kept[stays])
+        assert torch.equal(new.stats["bias"][stays], old.stats["bias"].gather(2, index)[stays])
+        assert not bool(new.stats["bias"][~stays].any())
+        assert torch.equal(new.state["fallbacks"], old.state["fallbacks"])
+
+
+@pytest.mark.parametrize("keys", BASES)
+def test_one_token_at_a_time_a_hybrid_is_its_base(keys: str) -> None:
+    """Read without a prompt, another method's slots are what that method leaves: nothing is fitted to few queries."""
+    model, ids = kvrepro.prepare(tiny_model(layers=2)), tokens(1, 40)
+    caches = [
+        kvrepro.make_cache(model, "attention_matching", 16, keys=keys, window=8, block=1),
+        kvrepro.make_cache(model, keys, 16, **BASES[keys]),
+    ]
+    with torch.no_grad():
+        for at in range(40):
+            for cache in caches:
+                model(ids[:, at : at + 1], **cache_arguments(model, cache))
+    for mine, base in zip(*(cache.compressed for cache in caches), strict=True):
+        for side in ("positions", "keys", "values"):
+            torch.testing.assert_close(getattr(mine, side), getattr(base, side))
+        assert not bool(mine.slots.stats["bias"].any())
 
 
 def test_attention_on_one_token() -> None:

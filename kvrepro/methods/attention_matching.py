@@ -54,6 +54,9 @@ class AttentionMatching(Method):
     numbers of slots, too, found once for a model by trying. Tokens that come one at a time share nothing out: without
     the many queries of a prompt it is not known who needs more.
 
+    Ours: while decoding, slots are chosen but not fitted: those of a prompt keep what its fit gave them. A few queries
+    barely look at most slots, so what answers them can be anything; and fit upon fit, values grew without bound.
+
     Ours: a share of the slots to choose, `newest`, goes to what the newest query attends to, the same in all heads of a
     layer, because a text's own queries do not ask for what a question at its end asks for; and the ridge on a slot's
     value is divided by (1 - peak)^2, its peak being the highest attention that a reference query gives it.
@@ -290,7 +293,11 @@ class AttentionMatching(Method):
         return dataclasses.replace(seen, stats={**seen.stats, "bias": slots.stats["bias"]})
 
     def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
-        """Choose the slots that stay, then fit them to what the reference queries get from all."""
+        """Choose the slots that stay, then fit them to what a prompt's reference queries get from all."""
+        if step.queries.shape[3] == 1:  # while decoding
+            found = self._see(slots, budget, step) if self.base is None else None
+            left = self._left(slots, budget, dataclasses.replace(step, found=found))
+            return dataclasses.replace(left, state=slots.state or self.initial_state(slots))
         seen = step.found or self._see(slots, budget, step)
         if seen.peers is not None:
             return seen.peers.compressed(step.layer)

@@ -158,7 +158,7 @@ class AttentionMatching(Oracle):
         return group, totals, outputs, score
 
     def fitted(self, head: int, slots: list[Slot], chunk: Chunk, goal: int, left: list[Slot] | None) -> list[Slot]:
-        """Choose, fit on the first half of the queries, judge on the second, fit on all."""
+        """Choose; unless decoding, fit on the first half of the queries, judge on the second, fit on all."""
         group, totals, outputs, score = self.look(head, slots, chunk)
         asked = [query for queries in group for query in queries]
         # The queries that are fitted to: evenly spread ones of each query head, the newest among them.
@@ -169,6 +169,8 @@ class AttentionMatching(Oracle):
         if left is None:
             all_shares = np.array([self.masses(q, slots, chunk.read_keys[head]) for q in asked])
             left = self.chosen(slots, score, self.now(slots, chunk), goal, all_shares / np.array(totals)[:, None])
+        if len(chunk.positions) == 1:
+            return left
         places = read_positions(left, self.positions)
         keys = [rotate(s.key, place - s.position, self.inv_freq) for s, place in zip(left, places, strict=True)]
         share = np.array([self.masses(q, left, keys) for q in asked]) / np.array(totals)[:, None]
