@@ -59,8 +59,8 @@ def best_values(p: Tensor, target: Tensor, start: Tensor, ridges: Sequence[float
 
     min |P V - O|^2 + r |V - V_0|^2. The ridge pulls to the slots' own values, not to 0, so that a slot that no query
     looks at keeps its value (ours). r is the ridge of those offered, times the mean square of a column of P, with which
-    a fit to the first half of the queries is best on the second half; then all queries are fitted to. Products of P with
-    itself are formed in its own type, the systems solved in float64.
+    a fit to the first half of the queries is best on the second half; then all queries are fitted to. Products of P
+    with itself are formed in its own type, the systems solved in float64.
 
     Args:
         p: ``[B, H_kv, G, m, S]``, attention of the queries to the slots; a row of zeros with a target of 0 counts not.
