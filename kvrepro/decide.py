@@ -527,7 +527,7 @@ def _span(own: Sequence[Row]) -> str:
 
 
 def _always(own: Sequence[Row]) -> Iterator[str]:
-    """Methods that are the best, or level with it, at every budget of a purpose; else the best of each."""
+    """Methods that are the best, or level with it, at every budget of a purpose; else the best of each budget."""
     for purpose in dict.fromkeys(row.purpose for row in own):
         group = [row for row in own if row.purpose is purpose]
         stay = [s.label for s in group[0].standings if all((x := row.of(s.label)) and x.level for row in group)]
@@ -538,8 +538,16 @@ def _always(own: Sequence[Row]) -> Iterator[str]:
                 f"best, {budgets}."
             )
         else:
-            each = [f"{_named(s.label for s in row.standings if s.level)} at {row.budget}" for row in group]
-            yield f"**If it is about {purpose.name}, it depends on the budget**: {'; '.join(each)}."
+            level = [[s.label for s in row.standings if s.level] for row in group]
+            each = "; ".join(f"{_named(labels)} at {row.budget}" for labels, row in zip(level, group, strict=True))
+            names = {label.partition("(")[0] for labels in level for label in labels}
+            if len(names) == 1:
+                yield (
+                    f"**If it is about {purpose.name}, take {_named(names)}**; which of its variants is the best "
+                    f"depends on the budget: {each}."
+                )
+            else:
+                yield f"**If it is about {purpose.name}, it depends on the budget**: {each}."
 
 
 def _facts(own: Sequence[Row]) -> Iterator[str]:

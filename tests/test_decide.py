@@ -176,6 +176,13 @@ class TestAdvice:
         text = said([*divergence(self.KL, 0.5), *divergence({**self.KL, "snapkv": 0.001}, 0.25)])
         assert "it depends on the budget**: H2O at 50 % of the bytes; SnapKV at 25 % of the bytes" in text
 
+    def test_variants_of_one_method_take_turns(self) -> None:
+        variants = {"kvmerger(mass='attention')": 0.002, "kvmerger": 0.001}
+        text = said(
+            [*divergence({**self.KL, **variants}, 0.5), *divergence({**self.KL, **variants, "kvmerger": 0.004}, 0.25)]
+        )
+        assert "take KVMerger**; which of its variants is the best depends on the budget: KVMerger at 50 %" in text
+
     def test_merging_or_evicting(self) -> None:
         assert "**If nothing else decides, evict**" in said(divergence(self.KL))
         assert "**If nothing else decides, merge**" in said(divergence({**self.KL, "weightedkv": 0.001}))
