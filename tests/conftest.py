@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVREPRO_RESULTS", str(tmp_path / "results"))
     for variable in _PRIVATE:
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """A process that was started in the background may ignore interrupts: this one heeds them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

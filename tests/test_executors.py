@@ -439,14 +439,6 @@ def test_a_strict_store_raises_after_recording(tmp_path: Path) -> None:
     assert [record.status for record in Store(tmp_path).records()] == ["error"]
 
 
-@pytest.fixture
-def heeds_interrupts() -> Iterator[None]:
-    """A process that was started in the background may ignore interrupts: this one heeds them."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("on_workers", "heeds_interrupts")
 def test_an_interrupt_keeps_what_came_back_and_begins_nothing_more(tmp_path: Path) -> None:
     marks, gate, path = tmp_path / "marks", tmp_path / "gate", tmp_path / "records" / "demo.jsonl"

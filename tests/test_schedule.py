@@ -143,7 +143,7 @@ class Stub:
 
 
 @pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def interrupt(monkeypatch: pytest.MonkeyPatch, heeds_interrupts: None) -> Callable[[], None]:
     """Sends the main thread Ctrl-C's signal, once it waits for what runs."""
     main, waits = threading.main_thread().ident, threading.Event()
     assert main is not None
