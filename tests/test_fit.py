@@ -16,9 +16,9 @@ from torch import Tensor
 import kvrepro
 from kvrepro import fit, methods
 from kvrepro.adapter import cache_arguments
-from kvrepro.attention import Step, attend
+from kvrepro.attention import Step, attend, observe
 from kvrepro.methods import attention_matching
-from kvrepro.methods.attention_matching import BASES, AttentionMatching, _alike, _Seen, _Whole
+from kvrepro.methods.attention_matching import BASES, AttentionMatching, _alike, _Seen
 from kvrepro.rope import Rotation
 from kvrepro.slots import Slots, compact, top
 
@@ -146,6 +146,28 @@ def test_reference_queries_are_spread_over_the_pass(padding: int, chosen: list[i
     lengths = asked.queries.norm(dim=-1)[0, 0, 0][there]
     torch.testing.assert_close(lengths, step.queries.norm(dim=-1)[0, 0, 0, chosen])
     assert asked.query_positions[0, there].tolist() == [12 - padding + i for i in range(len(chosen))]
+
+
+def test_a_slot_s_score_is_the_mean_of_those_beside_it() -> None:
+    """By hand; what is empty, here in front, counts neither as a slot nor as an attention of 0."""
+    score = torch.tensor([[[7.0, 7, 1, 4, 4, 0], [3, 0, 0, 3, 6, 0]]])
+    valid = torch.tensor([[[False, False, True, True, True, True], [True] * 6]])
+    expected = torch.tensor([[[0, 1, 2.5, 3, 8 / 3, 2], [1.5, 1, 1, 3, 3, 3]]])
+    found = attention_matching._smoothed(score, valid)
+    torch.testing.assert_close(found.where(valid, 0.0), expected.where(valid, torch.tensor(0.0)))
+
+
+def test_scores_are_smoothed_where_queries_are_left_out_alone() -> None:
+    slots, step = situation(12)
+    method = methods.create("attention_matching", count=6, newest=0.0, heads="same")
+    asked = method.reference(slots, step, 6)
+    assert asked.queries.shape[3] == 6
+    found = method._see(slots, 6, step)
+    plain = observe(asked, slots, power=2).mass
+    torch.testing.assert_close(found.score, attention_matching._smoothed(plain, slots.valid))
+    whole = methods.create("attention_matching", count=12, newest=0.0, heads="same")
+    every = observe(whole.reference(slots, step, 6), slots, power=2).mass
+    torch.testing.assert_close(whole._see(slots, 6, step).score, every)
 
 
 def test_heads_that_can_be_fitted_are() -> None:
@@ -290,7 +312,7 @@ def test_pooled_slots_go_to_what_is_attended_to_most() -> None:
     zeros = torch.zeros(1, 2, 6, 1)
     slots = Slots(zeros, zeros, positions, torch.ones_like(positions))
     step = Step(torch.zeros(1, 2, 1, 2, 1), positions[:, 0, :2], scale=1.0)
-    seen = [_Seen(step, _Whole(zeros, zeros, score[None]), None) for score in scores]
+    seen = [_Seen(step, score[None]) for score in scores]
     rooms = method.split([slots, slots], [dataclasses.replace(step, found=each) for each in seen], 4)
     # Two each: the newest, which stays in any case, and the best. Then 8 more: 8, 7, 6, 5, 2, 2, 2 and the first 1.
     assert [x.tolist() for x in rooms] == [[[6, 3]], [[5, 2]]]

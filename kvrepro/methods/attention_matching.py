@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvrepro.attention import Step, observe
+from kvrepro import kernels
+from kvrepro.attention import Observation, Step, View, observe
 from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued
 from kvrepro.methods.base import POSITIONS, Method, option
 from kvrepro.slots import Slots, compact, protected, top, uniform
@@ -308,11 +309,12 @@ class AttentionMatching(Method):
         left = [self._left(slots, budget, step) for slots, step in layers]
         # A row of a batch that still fits stays as it is.
         cut = [mine.valid.sum(dim=2) < slots.valid.sum(dim=2) for mine, (slots, _) in zip(left, layers, strict=True)]
-        seen = [step.found for _, step in layers]
+        asked = [step.found.asked for _, step in layers]
+        whole = [observe(its, slots) for its, (slots, _) in zip(asked, layers, strict=True)]
         if layers[0][1].rooms is None:
-            fits = [self.fit(mine, its.asked, its.whole) for mine, its in zip(left, seen, strict=True)]
+            fits = [self.fit(*each) for each in zip(left, asked, whole, strict=True)]
         else:
-            fits = self._fit_by_size(left, cut, seen, budget)
+            fits = self._fit_by_size(left, cut, asked, whole, budget)
         return [_with_fit(*each) for each in zip(left, cut, fits, strict=True)]
 
     def _left(self, slots: Slots, budget: int, step: Step) -> Slots:
@@ -325,9 +327,13 @@ class AttentionMatching(Method):
     def _see(self, slots: Slots, budget: int, step: Step) -> _Seen:
         """Look at all slots before any leaves."""
         asked = self.reference(slots, step, budget)
-        whole = _look(asked, slots, self.keys)
-        now = None if self.base is not None else _by_token(_look(step.last(1), slots, "mass").score, slots)
-        return _Seen(*_spread(asked, whole, self.fitted), now)
+        if self.base is not None:
+            return _Seen(_spread(asked, self.fitted))
+        score = observe(with_view(asked, slots), slots, power=1 if self.keys == "mass" else 2).mass
+        # What queries that are left out would find is near what those beside them do.
+        sampled = _counted(asked.query_positions) < _counted(step.query_positions)
+        score = torch.where(sampled[..., None], _smoothed(score, slots.valid), score)
+        return _Seen(_spread(asked, self.fitted), score, _by_token(observe(step.last(1), slots).mass, slots))
 
     def waiting(self, slots: Slots, budget: int, step: Step) -> Step:
         """What was seen; of the queries themselves two, since a step of one would free a block."""
@@ -348,7 +354,7 @@ class AttentionMatching(Method):
         ends, size = (self.sinks_of(budget), self.recent_of(budget)), max(slots.size for slots in layers)
         scores, counts = [], []
         for slots, step in zip(layers, steps, strict=True):
-            score = step.found.whole.score.masked_fill(protected(slots, *ends), torch.inf)
+            score = step.found.score.masked_fill(protected(slots, *ends), torch.inf)
             score = score.masked_fill(~slots.valid, -1.0).to(device)
             scores.append(torch.nn.functional.pad(score, (size - slots.size, 0), value=-1.0))
             counts.append(slots.valid.sum(dim=2).to(device))
@@ -392,7 +398,7 @@ class AttentionMatching(Method):
             freed: slots that it is to have less.
             rooms: `[B, H_kv]`, the slots that each may have, where they differ.
         """
-        score = seen.whole.score
+        score = seen.score
         safe = protected(slots, self.sinks_of(budget), self.recent_of(budget))
         count = slots.valid.sum(dim=2, keepdim=True)
         room = budget if rooms is None else rooms.unsqueeze(-1)
@@ -401,7 +407,8 @@ class AttentionMatching(Method):
         first = (free * self.newest).int()
         keep = safe | top(seen.now.expand_as(score).contiguous(), slots.valid & ~safe, first)
         if self.keys == "greedy":
-            keep = keep | pursued(_shares(seen.asked, seen.whole, slots), keep, slots.valid, free - first)
+            shares = torch.cat([p for _, p in seen.asked.blocks(slots)], dim=3)
+            keep = keep | pursued(shares, keep, slots.valid, free - first)
         else:
             keep = keep | top(score, slots.valid & ~keep, free - first)
         if rooms is not None:
@@ -446,7 +453,7 @@ class AttentionMatching(Method):
         place = (newest + 1 + rank.clamp_min(0) % self.ahead).to(torch.int32)
         turned = _turned(step, queries, place - old).to(slots.keys.dtype)
         places = place.masked_fill(empty, -1)
-        return dataclasses.replace(step, queries=turned, query_positions=places, view=None, behind=True)
+        return dataclasses.replace(step, queries=turned, query_positions=places, view=None, again=None, behind=True)
 
     def _drawn(self, queries: Tensor, valid: Tensor, layer: int) -> Tensor:
         """`[B, H_kv, G, count, d]`: draws from the Gaussian of each query head's `[B, H_kv, G, n, d]`; valid `[B, n]`.
@@ -468,7 +475,7 @@ class AttentionMatching(Method):
         return (mean + normal.view(h, g, self.count, d).double() @ factor.mT).to(queries.dtype)
 
     def _fit_by_size(
-        self, left: list[Slots], cut: list[Tensor], seen: list[_Seen], budget: int
+        self, left: list[Slots], cut: list[Tensor], asked: list[Step], whole: list[Observation], budget: int
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """`fit`, heads of like numbers of slots side by side; those that lost none, not in `cut` `[B, H_kv]`, are not.
 
@@ -486,24 +493,23 @@ class AttentionMatching(Method):
         sides = {name: rows([getattr(slots, name) for slots in left]) for name in _SIDES}
         stats = {name: rows([slots.stats[name] for slots in left]) for name in left[0].stats}
         slots = Slots(**sides, stats=stats, dense=False, ragged=True)
-        asked = seen[0].asked
-        queries = rows([its.asked.queries for its in seen])
-        places = torch.cat([its.asked.query_positions.repeat_interleave(h, dim=0) for its in seen])
-        lse, output = rows([its.whole.lse for its in seen]), rows([its.whole.output for its in seen])
+        queries = rows([its.queries for its in asked])
+        places = torch.cat([its.query_positions.repeat_interleave(h, dim=0) for its in asked])
+        seen = {name: rows([getattr(its, name) for its in whole]) for name in ("mass", "output", "lse")}
         values, bias = slots.values.clone(), torch.zeros_like(slots.stats["bias"])
         fitted = torch.cat([x.flatten() for x in cut])
         good = torch.ones_like(fitted)
-        limit = max(b * h * budget, _TOGETHER // lse[0].numel())
+        limit = max(b * h * budget, _TOGETHER // queries[0, ..., 0].numel())
         for heads, width in _alike((slots.valid.sum(dim=(1, 2)) * fitted).tolist(), limit):
             index = torch.tensor(heads, device=fitted.device)
             part = slots.map(lambda x: x[index][:, :, -width:])  # noqa: B023
-            step = dataclasses.replace(asked, queries=queries[index], query_positions=places[index])
-            found = self.fit(part, step, _Whole(lse[index], output[index]))
+            step = dataclasses.replace(asked[0], queries=queries[index], query_positions=places[index])
+            found = self.fit(part, step, Observation(**{name: x[index] for name, x in seen.items()}))
             values[index, :, -width:], bias[index, :, -width:], good[index] = *found[:2], found[2].squeeze(1)
         split = [x.view(len(left), b, h, *x.shape[2:]).unbind(0) for x in (values, bias)]
         return list(zip(*split, good.view(len(left), b, h).unbind(0), strict=True))
 
-    def fit(self, left: Slots, asked: Step, whole: _Whole) -> tuple[Tensor, Tensor, Tensor]:
+    def fit(self, left: Slots, asked: Step, whole: Observation) -> tuple[Tensor, Tensor, Tensor]:
         """What the kept slots should have.
 
         Args:
@@ -533,37 +539,22 @@ class AttentionMatching(Method):
         return values, bias, sound & (_squared(rest[:, :, :, judge]) - found.gain < (1 - MARGIN) * before)
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """What reference queries get from all slots.
-
-    Attributes:
-        lse: `[B, H_kv, G, m]`, log-sum-exp of their logits; +inf for a place without a query.
-        output: `[B, H_kv, G, m, d_v]`.
-        score: `[B, H_kv, S]`, attention to each slot, or its square, summed over the queries; None where no slot is to
-            be chosen any more.
-    """
-
-    lse: Tensor
-    output: Tensor
-    score: Tensor | None = None
-
-
 @dataclass
 class _Seen:
     """What queries see of all slots before any leaves.
 
     Attributes:
         asked: the reference queries that are fitted to.
-        whole: what they get; the score is that of all reference queries.
+        score: `[B, H_kv, S]`, attention of all reference queries to each slot, or its square, summed over them, where
+            they are a part of the pass's the mean with the two slots beside it; None with a method's `keys`.
         now: `[B, H_kv, S]`, or `[B, 1, S]` where it is the same for all heads, the newest query's attention to a slot's
             token, the mean over the heads of the layer that hold it; None with a method's `keys`.
         peers: the layers that this one shares its slots with, once they are shared out.
     """
 
     asked: Step
-    whole: _Whole
-    now: Tensor | None
+    score: Tensor | None = None
+    now: Tensor | None = None
     peers: _Peers | None = None
 
 
@@ -580,20 +571,21 @@ class _Peers:
         """The slots that a layer is left with."""
         if layer not in self._done:
             slots, step = self._waiting[layer]
-            alike = [i for i, other in self._waiting.items() if _can_join(step, other[1])]
-            each = step.rooms.numel() * self._budget * step.found.whole.lse[0, 0].numel()
+            alike = [i for i, other in self._waiting.items() if _can_join((slots, step), other)]
+            each = step.rooms.numel() * self._budget * step.found.asked.queries[0, 0, ..., 0].numel()
             now = alike[alike.index(layer) :][: max(1, _TOGETHER // each)]
             layers = [self._waiting.pop(i) for i in now]
             self._done.update(zip(now, self._method._compressed(layers, self._budget), strict=True))
         return self._done.pop(layer)
 
 
-def _can_join(one: Step, other: Step) -> bool:
+def _can_join(one: tuple[Slots, Step], other: tuple[Slots, Step]) -> bool:
     """Whether heads of two layers can be fitted side by side."""
     same = [
-        (x.scale, x.softcap, x.rotation, x.found.asked.queries.shape, x.found.whole.output.shape) for x in (one, other)
+        (x.scale, x.softcap, x.rotation, x.found.asked.queries.shape, slots.values.shape[3])
+        for slots, x in (one, other)
     ]
-    return same[0] == same[1] and one.queries.device == other.queries.device
+    return same[0] == same[1] and one[0].keys.device == other[0].keys.device
 
 
 def _with_fit(left: Slots, cut: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> Slots:
@@ -609,10 +601,33 @@ def _with_fit(left: Slots, cut: Tensor, found: tuple[Tensor, Tensor, Tensor]) ->
     )
 
 
-def _look(asked: Step, slots: Slots, keys: str) -> _Whole:
-    """Let the reference queries attend to all slots."""
-    seen = observe(asked, slots, power=1 if keys == "mass" else 2)
-    return _Whole(seen.lse, seen.output, seen.mass)
+def with_view(asked: Step, slots: Slots) -> Step:
+    """A step whose queries see all slots, with what they see by cuDNN's attention where that can be used.
+
+    Where it cannot, `observe` takes our kernel, or PyTorch.
+    """
+    b, h, g, m, d = asked.queries.shape
+    queries = asked.queries.reshape(b, h * g, m, d)
+    if not kernels.covers(queries, slots.keys, slots.values) or asked.is_biased(slots) or asked.softcap is not None:
+        return asked
+    keys = asked.read_keys(slots)
+    wanted = torch.backends.cuda.SDPAParams(queries, keys, slots.values, None, 0.0, False, True)
+    if not torch.backends.cuda.can_use_cudnn_attention(wanted):
+        return asked
+    output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        queries, keys, slots.values, None, True, scale=asked.scale
+    )[:2]
+    seen = View(
+        queries, keys, slots.values, None, output, lse.view(b, h * g, m), asked.scale, None, slots.keys, slots.size
+    )
+    return dataclasses.replace(asked, view=seen)
+
+
+def _smoothed(score: Tensor, valid: Tensor) -> Tensor:
+    """The mean of a score `[B, H_kv, S]` over a slot and the one on either side, of those that hold something."""
+    held = valid.to(score.dtype)
+    total, count = (torch.nn.functional.avg_pool1d(x, kernel_size=3, stride=1, padding=1) for x in (score * held, held))
+    return total / count.clamp_min(0.1)
 
 
 def _by_token(score: Tensor, slots: Slots) -> Tensor:
@@ -641,7 +656,7 @@ def _alike(counts: list[int], limit: int) -> list[tuple[list[int], int]]:
     return groups
 
 
-def _shares(asked: Step, whole: _Whole, slots: Slots) -> Tensor:
+def _shares(asked: Step, whole: Observation, slots: Slots) -> Tensor:
     """`[B, H_kv, G, m, S]`: each slot's share of the whole mass that the reference queries see."""
     parts = [found.sub_(whole.lse[:, :, :, part, None]).exp_() for part, found in asked.logits(slots)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
@@ -663,33 +678,19 @@ def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:
     )
 
 
-def _spread(asked: Step, whole: _Whole, size: int) -> tuple[Step, _Whole]:
+def _spread(asked: Step, size: int) -> Step:
     """`size` of each row's reference queries, spread evenly over those that count, the newest among them."""
     places = asked.query_positions
     m = places.shape[1]
     if m <= size:
-        return asked, whole
+        return asked
     count = _counted(places)
     _, rank, empty = _evenly(count, size)
     index = rank + torch.where(rank < count // 2, m // 2 - count // 2, m - count)  # see `_in_halves`
     index = index.clamp(0, m - 1)
-    column = index[:, None, None].expand(*whole.lse.shape[:3], size)
-
-    def picked(x: Tensor) -> Tensor:
-        """Of `[B, H_kv, G, m, d]`, the queries that are left."""
-        return x.gather(3, column.unsqueeze(-1).expand(*column.shape, x.shape[-1]))
-
-    nothing = empty[:, None, None]
-    return (
-        dataclasses.replace(
-            asked, queries=picked(asked.queries), query_positions=places.gather(1, index).masked_fill(empty, -1)
-        ),
-        dataclasses.replace(
-            whole,
-            lse=whole.lse.gather(3, column).masked_fill(nothing, torch.inf),
-            output=picked(whole.output).masked_fill(nothing.unsqueeze(-1), 0.0),
-        ),
-    )
+    column = index[:, None, None, :, None].expand(*asked.queries.shape[:3], size, asked.queries.shape[4])
+    places = places.gather(1, index).masked_fill(empty, -1)
+    return dataclasses.replace(asked, queries=asked.queries.gather(3, column), query_positions=places)
 
 
 def _counted(places: Tensor) -> Tensor:
