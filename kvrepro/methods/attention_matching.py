@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvrepro import kernels
-from kvrepro.attention import Observation, Step, View, observe
+from kvrepro.attention import Step, View, observe
 from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued
 from kvrepro.methods.base import POSITIONS, Method, option
 from kvrepro.slots import Slots, compact, protected, top, uniform
@@ -311,10 +311,11 @@ class AttentionMatching(Method):
         cut = [mine.valid.sum(dim=2) < slots.valid.sum(dim=2) for mine, (slots, _) in zip(left, layers, strict=True)]
         asked = [step.found.asked for _, step in layers]
         whole = [observe(its, slots) for its, (slots, _) in zip(asked, layers, strict=True)]
+        outputs, masses = [its.output for its in whole], [its.lse for its in whole]
         if layers[0][1].rooms is None:
-            fits = [self.fit(*each) for each in zip(left, asked, whole, strict=True)]
+            fits = [self.fit(*each) for each in zip(left, asked, outputs, masses, strict=True)]
         else:
-            fits = self._fit_by_size(left, cut, asked, whole, budget)
+            fits = self._fit_by_size(left, cut, asked, outputs, masses, budget)
         return [_with_fit(*each) for each in zip(left, cut, fits, strict=True)]
 
     def _left(self, slots: Slots, budget: int, step: Step) -> Slots:
@@ -475,7 +476,13 @@ class AttentionMatching(Method):
         return (mean + normal.view(h, g, self.count, d).double() @ factor.mT).to(queries.dtype)
 
     def _fit_by_size(
-        self, left: list[Slots], cut: list[Tensor], asked: list[Step], whole: list[Observation], budget: int
+        self,
+        left: list[Slots],
+        cut: list[Tensor],
+        asked: list[Step],
+        outputs: list[Tensor],
+        masses: list[Tensor],
+        budget: int,
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """`fit`, heads of like numbers of slots side by side; those that lost none, not in `cut` `[B, H_kv]`, are not.
 
@@ -495,7 +502,7 @@ class AttentionMatching(Method):
         slots = Slots(**sides, stats=stats, dense=False, ragged=True)
         queries = rows([its.queries for its in asked])
         places = torch.cat([its.query_positions.repeat_interleave(h, dim=0) for its in asked])
-        seen = {name: rows([getattr(its, name) for its in whole]) for name in ("mass", "output", "lse")}
+        output, lse = rows(outputs), rows(masses)
         values, bias = slots.values.clone(), torch.zeros_like(slots.stats["bias"])
         fitted = torch.cat([x.flatten() for x in cut])
         good = torch.ones_like(fitted)
@@ -504,32 +511,33 @@ class AttentionMatching(Method):
             index = torch.tensor(heads, device=fitted.device)
             part = slots.map(lambda x: x[index][:, :, -width:])  # noqa: B023
             step = dataclasses.replace(asked[0], queries=queries[index], query_positions=places[index])
-            found = self.fit(part, step, Observation(**{name: x[index] for name, x in seen.items()}))
+            found = self.fit(part, step, output[index], lse[index])
             values[index, :, -width:], bias[index, :, -width:], good[index] = *found[:2], found[2].squeeze(1)
         split = [x.view(len(left), b, h, *x.shape[2:]).unbind(0) for x in (values, bias)]
         return list(zip(*split, good.view(len(left), b, h).unbind(0), strict=True))
 
-    def fit(self, left: Slots, asked: Step, whole: Observation) -> tuple[Tensor, Tensor, Tensor]:
+    def fit(self, left: Slots, asked: Step, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the kept slots should have.
 
         Args:
             left: the slots that stay, as they were.
             asked: the reference queries.
-            whole: what they get from all slots.
+            output: `[B, H_kv, G, m, d_v]`, what they get from all slots; 0 for a place without a query.
+            lse: `[B, H_kv, G, m]`, log-sum-exp of their logits at all slots; +inf for a place without a query.
 
         Returns:
             Values `[B, H_kv, S, d_v]`, what is to be added to the biases `[B, H_kv, S]`, and `[B, H_kv]` bool: the head
             could be fitted, and on the second half of the queries, values fitted to the first half have a smaller
             error than the slots as they were.
         """
-        share = _shares(asked, whole, left)
+        share = _shares(asked, lse, left)
         weights = best_weights(share, self.rounds)
         judge = slice(share.shape[3] // 2, None)
-        before = _squared(mixed(_normalised(share[:, :, :, judge]), left.values) - whole.output[:, :, :, judge])
+        before = _squared(mixed(_normalised(share[:, :, :, judge]), left.values) - output[:, :, :, judge])
         p = _normalised(share.mul_(weights[:, :, None, None]))
         # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
         loose = 1 - p.amax(dim=(2, 3))  # [B, H, S]
-        rest = whole.output - mixed(p, left.values)
+        rest = output - mixed(p, left.values)
         ridges = [self.ridge * factor for factor in (1, 10, 100)]
         filled = left.valid.sum(dim=2) if left.ragged else None
         found = fit_values(p.mul_(loose[:, :, None, None]), rest, None, ridges, filled=filled)
@@ -656,9 +664,9 @@ def _alike(counts: list[int], limit: int) -> list[tuple[list[int], int]]:
     return groups
 
 
-def _shares(asked: Step, whole: Observation, slots: Slots) -> Tensor:
+def _shares(asked: Step, lse: Tensor, slots: Slots) -> Tensor:
     """`[B, H_kv, G, m, S]`: each slot's share of the whole mass that the reference queries see."""
-    parts = [found.sub_(whole.lse[:, :, :, part, None]).exp_() for part, found in asked.logits(slots)]
+    parts = [found.sub_(lse[:, :, :, part, None]).exp_() for part, found in asked.logits(slots)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
