@@ -16,10 +16,12 @@ from kvrepro.records import Record, Store, StoreError, read_records
 Plan = Mapping[str, Sequence[Mapping[str, Any]]]
 
 READ = ("full", "streaming_llm", "snapkv", "h2o", "weightedkv", "kvmerger", "kvslimmer")
+FITTED = ("attention_matching", "attention_matching(heads='same')")
 WRITE = ("full", "streaming_llm", "h2o", "weightedkv", "kvmerger", "kvslimmer")
 SOME = ("full", "streaming_llm", "weightedkv")
+BIASED = ("kvslimmer", "keepkv", "kvmerger(mass='attention')", *FITTED)  # a number is added to a slot's logits
 MERGE = ("weightedkv", "kvmerger", "kvslimmer", "d2o", "keepkv")
-FIT = ("full", "attention_matching", "attention_matching(heads='same')", "attention_matching(fitted=64)")
+FIT = ("full", *FITTED, "attention_matching(fitted=64)")
 PAIRS = ("kvslimmer", "asymkv")
 PRESSES = ("streaming_llm", "snapkv", "observed_attention")
 
@@ -35,7 +37,7 @@ FULL: Plan = {
     "compiled": [{"slots": [1024, 8192], "methods": WRITE, "compile": True, "peers": False}],
     "decode": [
         {"slots": [1024, 8192], "methods": [], "blocks": 2, "steps": 32, "generate": ["weightedkv"]},
-        {"slots": [1024, 8192], "methods": ["streaming_llm", "weightedkv"], "peers": False},
+        {"slots": [1024, 8192], "methods": ["streaming_llm", "weightedkv", *BIASED], "peers": False},
         {"slots": 32768, "methods": SOME, "peers": False},
     ],
     "batch": [{"slots": 2048, "methods": SOME, "batch": [1, 4, 16, 64], "steps": 32, "peers": False}],
@@ -55,7 +57,7 @@ QUICK: Plan = {
     "fit": [{"lengths": 128, "methods": FIT, "repeats": 2}],
     "pairs": [{"lengths": 128, "methods": PAIRS, "budget": 64, "chunk": 16, "repeats": 1}],
     "merging": [{"length": 64, "methods": MERGE, "repeats": 1}],
-    "decode": [{"slots": 64, "methods": SOME, "steps": 4, "blocks": 2}],
+    "decode": [{"slots": 64, "methods": [*SOME, *BIASED], "steps": 4, "blocks": 2}],
     "compiled": [],
     "batch": [{"slots": 64, "methods": "weightedkv", "batch": 4, "steps": 4, "blocks": 2}],
     "throughput": [{"length": 64, "methods": "weightedkv", "limit": 4, "steps": 4}],
