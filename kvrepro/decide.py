@@ -28,6 +28,9 @@ DRAWS = 2_000
 #: Fewer methods on the same samples are no comparison; ours.
 LEAST_METHODS = 3
 
+#: Cells of a task's reference answers after a prompt that is read at once.
+_ONE_SHOT: Mapping[str, Any] = {"paper": "across", "metric": "log-likelihood", "chunk": None}
+
 #: Losses of one method: by part (a task, a text) one number a sample, and the samples' documents.
 Losses = Mapping[str, tuple[Sequence[float], Sequence[str]]]
 
@@ -42,7 +45,7 @@ class Purpose:
         where: fields and parameters of its cells, see :func:`kvrepro.ledger.select`.
         samples: extra results that hold one number a sample.
         sign: 1 where a higher sample is worse, -1 where it is better, 0 where samples are losses already.
-        part: parameter or field that tells the parts apart, each of which counts alike.
+        part: parameter or field that tells the parts apart, each of which counts alike; or two, joined by +.
         budget: budget of a cell: its size for sorting, a share of the context, and its text.
         exact: whether greedy decoding could give the very answer, so that the share found says something.
     """
@@ -78,12 +81,12 @@ def _window(record: Record) -> tuple[float, str]:
 
 
 def _retrieval(name: str, experiment: str, task: str) -> Purpose:
-    where = {"paper": "across", "experiment": experiment, "task": task, "metric": "log-likelihood", "chunk": None}
+    where = {**_ONE_SHOT, "experiment": experiment, "task": task}
     return Purpose(name, "across/retrieval", where, "loglik", -1, "task", _slots, exact=True)
 
 
 def _longbench(name: str, chunk: int | None, budget: Callable[[Record], tuple[float, str]]) -> Purpose:
-    where = {"paper": "across", "experiment": "longbench", "metric": "log-likelihood", "chunk": chunk}
+    where = {**_ONE_SHOT, "experiment": "longbench", "chunk": chunk}
     return Purpose(name, "across/longbench", where, "loglik", -1, "task", budget)
 
 
@@ -115,6 +118,22 @@ PURPOSES = (
         1,
         "data",
         _window,
+    ),
+)
+#: Where a method is looked at part by part: a task, or the length of a prompt and the depth of the needle in it.
+SINGLE = (
+    _longbench("LongBench", None, _slots),
+    replace(_longbench("ZeroSCROLLS", None, _slots), where={**_ONE_SHOT, "experiment": "zeroscrolls"}),
+    replace(ONE_NEEDLE, name="RULER's tasks", where={**_ONE_SHOT, "experiment": "ruler"}),
+    replace(ONE_NEEDLE, name="SynthWiki", where={**_ONE_SHOT, "experiment": "synthwiki"}),
+    Purpose(
+        "the needle map",
+        "kvmerger/needle",
+        {"paper": "kvmerger", "experiment": "needle", "question": "seen"},
+        "loglik",
+        -1,
+        "length+depth",
+        _slots,
     ),
 )
 
@@ -241,7 +260,8 @@ def rows(records: Iterable[Record], purposes: Sequence[Purpose] = PURPOSES) -> l
 
 def _setting(purpose: Purpose, record: Record) -> str:
     """What the records of a row agree in: all but method and part, and what goes with the part."""
-    params = {k: v for k, v in record.cell.params.items() if k not in ("label", purpose.part, "samples", "files")}
+    left_out = ("label", *purpose.part.split("+"), "samples", "files")
+    params = {k: v for k, v in record.cell.params.items() if k not in left_out}
     return canonical([record.cell.model, record.cell.model_sha256, record.cell.budget, record.cell.seed, params])
 
 
@@ -273,7 +293,8 @@ def _row(purpose: Purpose, group: Sequence[Record], full: Mapping[str, Record]) 
 
 
 def _part(purpose: Purpose, record: Record) -> str:
-    return str(record.cell.params.get(purpose.part, getattr(record.cell, purpose.part, None)))
+    names = purpose.part.split("+")
+    return ", ".join(str(record.cell.params.get(name, getattr(record.cell, name, None))) for name in names)
 
 
 def _samples_of(record: Record) -> str:
@@ -314,6 +335,38 @@ def _found(purpose: Purpose, records: Iterable[Record]) -> float | None:
         return None
     exact = [value for record in records for value in record.value.extra.get("exact", ())]
     return float(np.mean(exact)) if exact else None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A method beside the best eviction in one part of a purpose.
+
+    Attributes:
+        part: the task, or the needle's length and depth.
+        rival: the eviction with the least loss there, of those measured on the same samples.
+        gap: the method's loss minus the rival's, paired by sample.
+        theirs: the rival's mean loss against the full cache.
+    """
+
+    part: str
+    rival: Standing
+    gap: Comparison
+    theirs: float
+
+
+def beside_evictions(row: Row, name: str) -> list[Beside]:
+    """A method beside the best eviction of each part; empty where the row lacks the method or has no eviction."""
+    own, rivals = row.of(name), [s for s in row.standings if s.kind == "eviction"]
+    pairs = []
+    for part, (losses, _) in own.losses.items() if own and rivals else ():
+        means = [float(np.mean(rival.losses[part][0])) for rival in rivals]
+        rival = rivals[int(np.argmin(means))]
+        gap = np.subtract(losses, rival.losses[part][0])
+        error = float(gap.std(ddof=1)) / len(gap) ** 0.5 if len(gap) > 1 else None
+        pairs.append(
+            Beside(part, rival, with_error(part, float(gap.mean()), error, len(gap), "nats/token"), min(means))
+        )
+    return pairs
 
 
 def missing(found: Sequence[Row], purposes: Sequence[Purpose] = PURPOSES) -> dict[str, list[str]]:
@@ -511,10 +564,10 @@ def percent(share: float) -> str:
 
 def _named(labels: Iterable[str]) -> str:
     """Titles of methods, any of which will do."""
-    return _and([plots.style(name).title for name in labels], "or")
+    return listed([plots.style(name).title for name in labels], "or")
 
 
-def _and(words: Sequence[str], last: str = "and") -> str:
+def listed(words: Sequence[str], last: str = "and") -> str:
     """Words in a sentence."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
@@ -644,7 +697,7 @@ def _speed(spent: Costs) -> Iterator[str]:
         yield (
             f"**If you write after reading, a smaller cache saves time as well as memory**: after {where}, "
             f"{percent(spent.share)} of the slots have saved time with {len(after)} of {len(spent.methods)} methods"
-            + (f", from the first token on with {_and(at_once)}" if at_once else "")
+            + (f", from the first token on with {listed(at_once)}" if at_once else "")
             + (f"; tokens to write until then: {', '.join(later)}" if later else "")
             + "."
         )

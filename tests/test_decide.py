@@ -13,7 +13,18 @@ from book_project import ROOT
 
 from kvrepro import decide, fingerprint
 from kvrepro.book.decide_page import decide_parts
-from kvrepro.decide import PURPOSES, advice, beyond, costs, harmful, merging_against_eviction, missing, rows
+from kvrepro.decide import (
+    PURPOSES,
+    SINGLE,
+    advice,
+    beside_evictions,
+    beyond,
+    costs,
+    harmful,
+    merging_against_eviction,
+    missing,
+    rows,
+)
 from kvrepro.experiments import across
 from kvrepro.ledger import published
 from kvrepro.records import Cell, Record, Value
@@ -260,6 +271,44 @@ def test_costs_take_the_longest_prompt_that_enough_methods_read() -> None:
     assert h2o.more.mean == pytest.approx(0.2) and found.saved_after(h2o) == pytest.approx(100)
     assert found.saved_after(replace(h2o, token=None)) is None
     assert found.saved_after(replace(h2o, more=found.full.more)) == 0.0  # reading is not shown to take longer
+
+
+def test_a_method_stands_beside_the_best_eviction_of_each_part() -> None:
+    """By hand: tova is the best eviction at one place of the needle, h2o at the other; snapkv is at none."""
+    loglik = {
+        ("1024", "0.1"): {"full": -0.2, "h2o": -1.0, "tova": -0.1, "snapkv": -1.5, "attention_matching": -0.3},
+        ("2048", "0.1"): {"full": -0.2, "h2o": -0.4, "tova": -2.0, "snapkv": -0.5, "attention_matching": -0.2},
+    }
+    made = [
+        record(
+            "needle",
+            name,
+            {"loglik": (mean + NOISE).tolist()},
+            paper="kvmerger",
+            budget=None if name == "full" else 0.5,
+            question="seen",
+            length=length,
+            depth=depth,
+        )
+        for (length, depth), means in loglik.items()
+        for name, mean in means.items()
+    ]
+    (row,) = rows(made, SINGLE)
+    assert len(row.standings) == 4
+    first, second = beside_evictions(row, "attention_matching")
+    assert (first.part, first.rival.label, second.part, second.rival.label) == (
+        "1024, 0.1",
+        "tova",
+        "2048, 0.1",
+        "h2o",
+    )
+    assert (first.gap.mean, second.gap.mean) == (pytest.approx(0.2), pytest.approx(-0.2))
+    assert first.theirs == pytest.approx(-0.1)
+    assert beside_evictions(row, "kvmerger") == []
+    text = decide_parts(made).texts["single"]
+    assert "In 1 of 2 comparisons an eviction has the lower mean loss, by 0.2 nats" in text
+    assert "In all of these that eviction is better than the full cache itself, by 0.1" in text
+    assert "o published record" in decide_parts([]).texts["single"]
 
 
 class TestChapter:

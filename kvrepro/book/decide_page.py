@@ -17,13 +17,17 @@ from kvrepro.decide import (
     ABLE,
     DRAWS,
     LEAST_METHODS,
+    SINGLE,
     Cost,
     Costs,
     Row,
     advice,
+    beside_evictions,
     beyond,
     costs,
+    difference,
     harmful,
+    listed,
     merging_against_eviction,
     missing,
     percent,
@@ -34,6 +38,9 @@ from kvrepro.recommend import RULE, TOLERANCE
 from kvrepro.records import Record, Store
 from kvrepro.rules import Comparison
 from kvrepro.tasks.intervals import LEVEL, Interval
+
+#: The method that is looked at part by part: the chapter's heading and text name it too.
+FITTED = "attention_matching"
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ def decide_parts(records: Sequence[Record], with_page: Collection[str] = ()) -> 
         "budget": _by_budget(found, with_page),
         "figure": "\n".join(_figure(name, each) for name, each in figures.items()) or "No record to draw yet.\n",
         "merging": _merging(found, with_page) + _hurting(records, with_page),
+        "single": _single(rows(records, SINGLE), with_page),
         "nothing": _nothing(found, spent, records),
         "costs": "\n".join(_cost_table(each, with_page) for each in spent) or "No published record of times yet.\n",
         "missing": _missing(found),
@@ -201,6 +209,47 @@ def _hurting(records: Sequence[Record], with_page: Collection[str]) -> str:
     )
 
 
+def _single(found: Sequence[Row], with_page: Collection[str]) -> str:
+    """The fitted merge beside the best eviction of each task and of each needle, and where that is better."""
+    body, gaps, better = [], [], []
+    for row in found:
+        own, evict, pairs = row.of(FITTED), row.first("eviction"), beside_evictions(row, FITTED)
+        if own is None or evict is None:
+            continue
+        where = f"{row.purpose.name}, {row.budget}"
+        shown = [pair for pair in pairs if pair.gap.sign() == 1]
+        ahead = sum(pair.gap.mean > 0 for pair in pairs)
+        average = f"{evict.title}, {_said(difference(evict, own))}"
+        link = _link(row.purpose.page, row.purpose.name, with_page)
+        body.append([link, row.budget, average, str(len(pairs)), str(ahead), str(len(shown))])
+        gaps += [pair.gap.mean for pair in pairs]
+        better += [(where, pair) for pair in shown]
+    if not body:
+        return "No published record sets it beside an eviction.\n"
+    header = [
+        "For",
+        "Budget",
+        "On average: the best eviction, and the loss minus its loss, nats/token",
+        "Tasks, or places of the needle",
+        "An eviction is ahead in",
+        "It is shown to be in",
+    ]
+    said = (
+        f"In {sum(gap > 0 for gap in gaps)} of {len(gaps)} comparisons an eviction has the lower mean loss, by "
+        f"{max(*gaps, 0.0):.2g} nats per token at most; in {len(better)} it is shown to be better, beyond the interval"
+    )
+    each = [f"{code(p.part)} of {where}: {p.rival.title}, by {_said(p.gap)}" for where, p in better]
+    said += f" ({'; '.join(each)})." if each else "."
+    if over := [pair for _, pair in better if pair.theirs < 0]:
+        by = listed([f"{-pair.theirs:.2g}" for pair in over])
+        count = "all of these" if len(over) == len(better) else f"{len(over)} of these"
+        said += (
+            f" In {count} that eviction is better than the full cache itself, by {by}: what it forgets helps there, "
+            "and a method that copies the full cache does not forget it."
+        )
+    return f"{wide(markdown_table(header, body))}\n{said}\n"
+
+
 def _range(values: Sequence[Comparison]) -> str:
     means = sorted(c.mean for c in values)
     return f"{means[0]:.2g} to {means[-1]:.2g}".replace("-", "\N{MINUS SIGN}")
@@ -313,6 +362,9 @@ def _thresholds() -> str:
         "- **Merging or evicting**: the best method of each kind, row by row; the outcome that is more frequent beyond "
         "the interval gives the sentence. A method that merges is one that the package lists so, Attention Matching's "
         "fit among them.\n"
+        "- **Part by part** the rival is the eviction with the least mean loss in that very part, of those measured on "
+        "its samples, which favours evictions; intervals there are two standard errors to each side, more where "
+        "samples are few.\n"
         "- **A variant** is advised where its divergence is lower, beyond the interval, at every share of the bytes.\n"
         f"- **The tolerance** is {TOLERANCE:g} nats per token: what the full cache would write has a perplexity "
         f"e^{TOLERANCE:g} times higher for such a cache.\n"
