@@ -219,21 +219,14 @@ def _single(found: Sequence[Row], with_page: Collection[str]) -> str:
         where = f"{row.purpose.name}, {row.budget}"
         shown = [pair for pair in pairs if pair.gap.sign() == 1]
         ahead = sum(pair.gap.mean > 0 for pair in pairs)
-        average = f"{evict.title}, {_said(difference(evict, own))}"
         link = _link(row.purpose.page, row.purpose.name, with_page)
-        body.append([link, row.budget, average, str(len(pairs)), str(ahead), str(len(shown))])
+        counts = [str(n) for n in (len(pairs), ahead, len(shown))]
+        body.append([link, row.budget, evict.title, _said(difference(evict, own)), *counts])
         gaps += [pair.gap.mean for pair in pairs]
         better += [(where, pair) for pair in shown]
     if not body:
         return "No published record sets it beside an eviction.\n"
-    header = [
-        "For",
-        "Budget",
-        "On average: the best eviction, and the loss minus its loss, nats/token",
-        "Tasks, or places of the needle",
-        "An eviction is ahead in",
-        "It is shown to be in",
-    ]
+    header = ["For", "Budget", "Best eviction", "Loss minus its, nats/token", "Parts", "An eviction leads", "Shown to"]
     said = (
         f"In {sum(gap > 0 for gap in gaps)} of {len(gaps)} comparisons an eviction has the lower mean loss, by "
         f"{max(*gaps, 0.0):.2g} nats per token at most; in {len(better)} it is shown to be better, beyond the interval"
@@ -247,7 +240,7 @@ def _single(found: Sequence[Row], with_page: Collection[str]) -> str:
             f" In {count} that eviction is better than the full cache itself, by {by}: what it forgets helps there, "
             "and a method that copies the full cache does not forget it."
         )
-    return f"{wide(markdown_table(header, body))}\n{said}\n"
+    return f"{markdown_table(header, body)}\n{said}\n"
 
 
 def _range(values: Sequence[Comparison]) -> str:

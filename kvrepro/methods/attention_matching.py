@@ -75,8 +75,8 @@ class AttentionMatching(Method):
     that is an error. While decoding, and for a last chunk shorter than the window, the reference queries are the last
     `window` ones in any case.
 
-    It makes no promise that a CUDA graph can hold `compress` (`steady`, `leaves`): while decoding, the steps at which it
-    chooses slots run launch by launch. Between them steps are captured all the same.
+    It makes no promise that a CUDA graph can hold `compress` (`steady`, `leaves`): while decoding, the steps at which
+    it chooses slots run launch by launch. Between them steps are captured all the same.
     """
 
     name: ClassVar[str] = "attention_matching"
