@@ -226,7 +226,7 @@ def _single(found: Sequence[Row], with_page: Collection[str]) -> str:
         better += [(where, pair) for pair in shown]
     if not body:
         return "No published record sets it beside an eviction.\n"
-    header = ["For", "Budget", "Best eviction", "Loss minus its, nats/token", "Parts", "An eviction leads", "Shown to"]
+    header = ["For", "Budget", "Best eviction", "Difference", "Parts", "Leads", "Shown"]
     said = (
         f"In {sum(gap > 0 for gap in gaps)} of {len(gaps)} comparisons an eviction has the lower mean loss, by "
         f"{max(*gaps, 0.0):.2g} nats per token at most; in {len(better)} it is shown to be better, beyond the interval"
