@@ -19,7 +19,7 @@ READ = ("full", "streaming_llm", "snapkv", "h2o", "weightedkv", "kvmerger", "kvs
 FITTED = ("attention_matching", "attention_matching(heads='same')")
 WRITE = ("full", "streaming_llm", "h2o", "weightedkv", "kvmerger", "kvslimmer")
 SOME = ("full", "streaming_llm", "weightedkv")
-BIASED = ("kvslimmer", "keepkv", "kvmerger(mass='attention')", *FITTED)  # a number is added to a slot's logits
+BIASED = ("kvslimmer", "keepkv", "kvmerger(mass='attention')")  # a number is added to a slot's logits, as with FITTED
 MERGE = ("weightedkv", "kvmerger", "kvslimmer", "d2o", "keepkv")
 FIT = ("full", *FITTED, "attention_matching(fitted=64)")
 PAIRS = ("kvslimmer", "asymkv")
@@ -38,6 +38,8 @@ FULL: Plan = {
     "decode": [
         {"slots": [1024, 8192], "methods": [], "blocks": 2, "steps": 32, "generate": ["weightedkv"]},
         {"slots": [1024, 8192], "methods": ["streaming_llm", "weightedkv", *BIASED], "peers": False},
+        {"slots": 1024, "methods": FITTED, "peers": False},  # slots are chosen every 64 steps
+        {"slots": 8192, "methods": FITTED, "steps": 512, "blocks": 2, "peers": False},  # every 512
         {"slots": 32768, "methods": SOME, "peers": False},
     ],
     "batch": [{"slots": 2048, "methods": SOME, "batch": [1, 4, 16, 64], "steps": 32, "peers": False}],
@@ -57,7 +59,7 @@ QUICK: Plan = {
     "fit": [{"lengths": 128, "methods": FIT, "repeats": 2}],
     "pairs": [{"lengths": 128, "methods": PAIRS, "budget": 64, "chunk": 16, "repeats": 1}],
     "merging": [{"length": 64, "methods": MERGE, "repeats": 1}],
-    "decode": [{"slots": 64, "methods": [*SOME, *BIASED], "steps": 4, "blocks": 2}],
+    "decode": [{"slots": 64, "methods": [*SOME, *BIASED, *FITTED], "steps": 4, "blocks": 2}],
     "compiled": [],
     "batch": [{"slots": 64, "methods": "weightedkv", "batch": 4, "steps": 4, "blocks": 2}],
     "throughput": [{"length": 64, "methods": "weightedkv", "limit": 4, "steps": 4}],

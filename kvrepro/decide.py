@@ -345,13 +345,13 @@ class Beside:
         part: the task, or the needle's length and depth.
         rival: the eviction with the least loss there, of those measured on the same samples.
         gap: the method's loss minus the rival's, paired by sample.
-        theirs: the rival's mean loss against the full cache.
+        theirs: the rival's loss against the full cache, below 0 where it is better than that.
     """
 
     part: str
     rival: Standing
     gap: Comparison
-    theirs: float
+    theirs: Comparison
 
 
 def beside_evictions(row: Row, name: str) -> list[Beside]:
@@ -359,14 +359,16 @@ def beside_evictions(row: Row, name: str) -> list[Beside]:
     own, rivals = row.of(name), [s for s in row.standings if s.kind == "eviction"]
     pairs = []
     for part, (losses, _) in own.losses.items() if own and rivals else ():
-        means = [float(np.mean(rival.losses[part][0])) for rival in rivals]
-        rival = rivals[int(np.argmin(means))]
-        gap = np.subtract(losses, rival.losses[part][0])
-        error = float(gap.std(ddof=1)) / len(gap) ** 0.5 if len(gap) > 1 else None
-        pairs.append(
-            Beside(part, rival, with_error(part, float(gap.mean()), error, len(gap), "nats/token"), min(means))
-        )
+        rival = min(rivals, key=lambda each: np.mean(each.losses[part][0]))  # noqa: B023
+        theirs = rival.losses[part][0]
+        pairs.append(Beside(part, rival, _mean(part, np.subtract(losses, theirs)), _mean(part, np.asarray(theirs))))
     return pairs
+
+
+def _mean(name: str, samples: np.ndarray) -> Comparison:
+    """The mean of losses with its interval."""
+    error = float(samples.std(ddof=1)) / len(samples) ** 0.5 if len(samples) > 1 else None
+    return with_error(name, float(samples.mean()), error, len(samples), "nats/token")
 
 
 def missing(found: Sequence[Row], purposes: Sequence[Purpose] = PURPOSES) -> dict[str, list[str]]:
@@ -404,6 +406,13 @@ def beyond(records: Iterable[Record]) -> list[Beyond]:
         if "exact" in r.value.extra
     ]
     return sorted((each for each in found if each.found <= ABLE), key=lambda each: (each.model, each.task))
+
+
+def within(records: Iterable[Record]) -> list[Record]:
+    """The records without those of tasks that the model cannot do with the full cache (:func:`beyond`)."""
+    records = list(records)
+    unable = {(each.model, each.task) for each in beyond(records)}
+    return [r for r in records if (r.cell.model, str(r.cell.params.get("task"))) not in unable]
 
 
 def harmful(records: Iterable[Record]) -> dict[str, list[Comparison]]:

@@ -32,6 +32,7 @@ from kvrepro.decide import (
     missing,
     percent,
     rows,
+    within,
 )
 from kvrepro.ledger import current, published
 from kvrepro.recommend import RULE, TOLERANCE
@@ -41,6 +42,8 @@ from kvrepro.tasks.intervals import LEVEL, Interval
 
 #: The method that is looked at part by part: the chapter's heading and text name it too.
 FITTED = "attention_matching"
+#: Share of comparisons without a difference whose 95 % interval lies above 0.
+CHANCE = (1 - LEVEL) / 2
 
 
 @dataclass(frozen=True)
@@ -82,19 +85,19 @@ def decide_parts(records: Sequence[Record], with_page: Collection[str] = ()) -> 
         records: one a cell.
         with_page: notebooks that have a published page.
     """
-    found, spent = rows(records), costs(records)
+    found, spent, single = rows(records), costs(records), rows(within(records), SINGLE)
     drawn = {model: draw(records, model) for model in dict.fromkeys(row.model for row in found)}
     figures = {f"{model.replace('/', '-')}.svg": each for model, each in drawn.items() if each is not None}
     drawings = {name: plots.svg(each.figure).decode() for name, each in figures.items()}
     for each in figures.values():
         plt.close(each.figure)
     texts = {
-        "state": _state(found, spent),
+        "state": _state([*found, *single], spent),
         "advice": _listed(advice(found, spent, records)) or "No published record bears out any advice yet.\n",
         "budget": _by_budget(found, with_page),
         "figure": "\n".join(_figure(name, each) for name, each in figures.items()) or "No record to draw yet.\n",
         "merging": _merging(found, with_page) + _hurting(records, with_page),
-        "single": _single(rows(records, SINGLE), with_page),
+        "single": _single(single, with_page),
         "nothing": _nothing(found, spent, records),
         "costs": "\n".join(_cost_table(each, with_page) for each in spent) or "No published record of times yet.\n",
         "missing": _missing(found),
@@ -233,12 +236,13 @@ def _single(found: Sequence[Row], with_page: Collection[str]) -> str:
     )
     each = [f"{code(p.part)} of {where}: {p.rival.title}, by {_said(p.gap)}" for where, p in better]
     said += f" ({'; '.join(each)})." if each else "."
-    if over := [pair for _, pair in better if pair.theirs < 0]:
-        by = listed([f"{-pair.theirs:.2g}" for pair in over])
-        count = "all of these" if len(over) == len(better) else f"{len(over)} of these"
+    said += f" Of so many looks about {CHANCE * len(gaps):.0f} would show that by chance."
+    if over := [pair.theirs for _, pair in better if pair.theirs.sign() == -1]:
+        losses = listed([_said(loss) for loss in over])
+        which = "That eviction has" if len(better) == 1 else f"Of these {len(better)} evictions {len(over)} have"
         said += (
-            f" In {count} that eviction is better than the full cache itself, by {by}: what it forgets helps there, "
-            "and a method that copies the full cache does not forget it."
+            f" {which} a loss below 0 ({losses}), which is better than the full cache itself: a method that copies the "
+            "full cache cannot follow there."
         )
     return f"{markdown_table(header, body)}\n{said}\n"
 

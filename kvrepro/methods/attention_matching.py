@@ -55,6 +55,9 @@ class AttentionMatching(Method):
     numbers of slots, too, found once for a model by trying. Tokens that come one at a time share nothing out: without
     the many queries of a prompt it is not known who needs more.
 
+    Ours: where a pass has more tokens than `count`, a slot's score is the mean of its own and those of the slots on
+    either side, because what a query that is left out looks at is near what the queries beside it look at.
+
     Ours: while decoding, slots are chosen but not fitted: those of a prompt keep what its fit gave them. A few queries
     barely look at most slots, so what answers them can be anything; and fit upon fit, values grew without bound.
 
@@ -486,8 +489,9 @@ class AttentionMatching(Method):
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """`fit`, heads of like numbers of slots side by side; those that lost none, not in `cut` `[B, H_kv]`, are not.
 
-        A group of heads, which may be of several layers, takes no more memory than all heads of a layer do with
-        `budget` slots each, or than `_TOGETHER` says, and less than half of it is empty.
+        The shares of a group of heads, which may be of several layers, take no more memory than those of all heads of a
+        layer do with `budget` slots each, or than `_TOGETHER` says, and less than half of it is empty. Keys and values
+        of all heads are copied beside them.
         """
         b, h = cut[0].shape
         size = max(slots.size for slots in left)
@@ -553,8 +557,9 @@ class _Seen:
 
     Attributes:
         asked: the reference queries that are fitted to.
-        score: `[B, H_kv, S]`, attention of all reference queries to each slot, or its square, summed over them, where
-            they are a part of the pass's the mean with the two slots beside it; None with a method's `keys`.
+        score: `[B, H_kv, S]`, attention of all reference queries to each slot, or its square, summed over them; in rows
+            where they are only some of the pass's queries, its mean with the slot on either side. None with a method's
+            `keys`.
         now: `[B, H_kv, S]`, or `[B, 1, S]` where it is the same for all heads, the newest query's attention to a slot's
             token, the mean over the heads of the layer that hold it; None with a method's `keys`.
         peers: the layers that this one shares its slots with, once they are shared out.
