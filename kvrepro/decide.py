@@ -573,10 +573,10 @@ def percent(share: float) -> str:
 
 def _named(labels: Iterable[str]) -> str:
     """Titles of methods, any of which will do."""
-    return listed([plots.style(name).title for name in labels], "or")
+    return in_words([plots.style(name).title for name in labels], "or")
 
 
-def listed(words: Sequence[str], last: str = "and") -> str:
+def in_words(words: Sequence[str], last: str = "and") -> str:
     """Words in a sentence."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
@@ -706,7 +706,7 @@ def _speed(spent: Costs) -> Iterator[str]:
         yield (
             f"**If you write after reading, a smaller cache saves time as well as memory**: after {where}, "
             f"{percent(spent.share)} of the slots have saved time with {len(after)} of {len(spent.methods)} methods"
-            + (f", from the first token on with {listed(at_once)}" if at_once else "")
+            + (f", from the first token on with {in_words(at_once)}" if at_once else "")
             + (f"; tokens to write until then: {', '.join(later)}" if later else "")
             + "."
         )

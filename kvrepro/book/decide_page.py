@@ -27,7 +27,7 @@ from kvrepro.decide import (
     costs,
     difference,
     harmful,
-    listed,
+    in_words,
     merging_against_eviction,
     missing,
     percent,
@@ -238,7 +238,7 @@ def _single(found: Sequence[Row], with_page: Collection[str]) -> str:
     said += f" ({'; '.join(each)})." if each else "."
     said += f" Of so many looks about {CHANCE * len(gaps):.0f} would show that by chance."
     if over := [pair.theirs for _, pair in better if pair.theirs.sign() == -1]:
-        losses = listed([_said(loss) for loss in over])
+        losses = in_words([_said(loss) for loss in over])
         which = "That eviction has" if len(better) == 1 else f"Of these {len(better)} evictions {len(over)} have"
         said += (
             f" {which} a loss below 0 ({losses}), which is better than the full cache itself: a method that copies the "
