@@ -47,6 +47,7 @@ class Step:
         behind: the queries are not the newest slots' own but stand behind all slots, and see them all.
         rooms: `[B, H_kv]` int32, the slots that each head may hold, where a method gave them different numbers.
         found: what the method noted of the pass when the layer had to wait for the others (`Method.waiting`).
+        one_over: every head holds one slot more than it may, which is known without looking (`Method.leaves`).
     """
 
     queries: Tensor
@@ -67,6 +68,7 @@ class Step:
     behind: bool = False
     rooms: Tensor | None = None
     found: Any = None
+    one_over: bool = False
 
     def shift(self, slots: Slots) -> Tensor | None:
         """`[B, H_kv, S]`: by how many positions each slot is moved when it is read, None where none is.

@@ -126,6 +126,7 @@ class _Appended:
         self.layer = layer
         self._size = layer.fill(layer.slots)
         self._leaves = _leaves(layer)
+        self._most = _most(layer)
         self._window = _Ring(layer) if layer.width else None
         layer.static = _freeze(layer, StepRule("none"), newest, room)
         layer.slots = None
@@ -159,10 +160,11 @@ class _Appended:
         if self._window is not None:
             queries, places = self._window.in_order()
             step = dataclasses.replace(step, window_queries=queries, window_positions=places)
-        slots = layer.method.compress(full(static), layer.budget, step)
-        if slots.size != self._leaves or slots.ragged:
+        slots = layer.method.compress(full(static), layer.budget, dataclasses.replace(step, one_over=True))
+        promised = self._most - (layer.budget - self._leaves)
+        if slots.size != promised or slots.ragged != (layer.rooms is not None):
             raise RuntimeError(
-                f"{layer.method.name} left {slots.size} slots where {self._leaves} were promised; correct its `leaves`"
+                f"{layer.method.name} left {slots.size} slots where {promised} were promised; correct its `leaves`"
             )
         refill(static, slots, by_tokens=layer.method.positions == "cardinality")
 
@@ -180,7 +182,7 @@ class _Appended:
         if layer.static is not None:
             self._size, layer._since = (self._leaves, 0) if self.due else (self._size + 1, layer._since + 1)
         elif _way(layer) is _Appended and (layer.rooms is not None or layer.slots.size < self._storage.size):
-            self._size, self._leaves = layer.fill(layer.slots), _leaves(layer)
+            self._size, self._leaves, self._most = layer.fill(layer.slots), _leaves(layer), _most(layer)
             refill(self._storage, layer.slots, by_tokens=layer.method.positions == "cardinality")
             layer.slots, layer.static = None, self._storage
             if self._window is not None:
@@ -280,12 +282,23 @@ def _way(layer: CompressedLayer) -> type[_Held]:
 
 
 def _leaves(layer: CompressedLayer) -> int | None:
-    """Slots that the layer's compressions leave (`Method.leaves`); None without that promise, or with empty slots."""
+    """Slots that the layer's compressions leave (`Method.leaves`).
+
+    None without that promise, or where heads are not all as near to being full.
+    """
     method, slots = layer.method, layer.slots
-    fixed = layer.rooms is None and method.bounded and _stands(method, "leaves")
+    fixed = method.bounded and _stands(method, "leaves")
     count = method.leaves(layer.budget) if fixed else None
-    empty = count is not None and slots.ragged and not bool(slots.valid.all())
-    return None if empty else count
+    if count is None or not slots.ragged:
+        return count
+    held = slots.valid.sum(dim=2)
+    lacks = layer.fill(slots) - held if layer.rooms is None else layer.rooms - held
+    return count if bool((lacks == lacks.flatten()[0]).all()) else None
+
+
+def _most(layer: CompressedLayer) -> int:
+    """The most slots that a head may hold."""
+    return layer.budget if layer.rooms is None else int(layer.rooms.max())
 
 
 def _countable(method: Method) -> bool:

@@ -130,16 +130,17 @@ class FlatSlots:
 
     def spread(self) -> Slots:
         """The slots `[B, H_kv, size, ...]`, each head's behind its empty ones."""
-        place = torch.arange(self.size, device=self.count.device)
-        filled = place >= self.size - self.count.unsqueeze(-1)
+        rows, count = self.rows, self.count.flatten().long()
+        number, device = rows.positions.shape[0], count.device
+        head = torch.arange(count.numel(), device=device).repeat_interleave(count, output_size=number)
+        behind = count.cumsum(0)[head] - torch.arange(number, device=device)  # the slots of the head from this one on
+        place = (head + 1) * self.size - behind
 
         def wide(x: Tensor, fill: int = 0) -> Tensor:
             """Of `[N, ...]`."""
-            out = x.new_full((*filled.shape, *x.shape[1:]), fill)
-            out[filled] = x
-            return out
+            out = x.new_full((count.numel() * self.size, *x.shape[1:]), fill)
+            return out.index_copy_(0, place, x).view(*self.count.shape, self.size, *x.shape[1:])
 
-        rows = self.rows
         return replace(
             rows,
             keys=wide(rows.keys),
@@ -155,15 +156,21 @@ def flatten(slots: Slots) -> FlatSlots:
     """The filled slots alone; `spread` gives them back, the empty ones in front."""
     filled = slots.valid
     count = filled.sum(dim=2)
-    rows = replace(
+    place = filled.flatten().nonzero().squeeze(1)  # once: each look at the marks makes the host wait for a GPU
+
+    def rows(x: Tensor) -> Tensor:
+        """Of `[B, H, S, ...]`."""
+        return x.flatten(0, 2).index_select(0, place)
+
+    held = replace(
         slots,
-        keys=slots.keys[filled],
-        values=slots.values[filled],
-        positions=slots.positions[filled],
-        cardinality=slots.cardinality[filled],
-        stats={name: x[filled] for name, x in slots.stats.items()},
+        keys=rows(slots.keys),
+        values=rows(slots.values),
+        positions=rows(slots.positions),
+        cardinality=rows(slots.cardinality),
+        stats={name: rows(x) for name, x in slots.stats.items()},
     )
-    return FlatSlots(rows, count.to(torch.int32), int(count.max()))
+    return FlatSlots(held, count.to(torch.int32), int(count.max()))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

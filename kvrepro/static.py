@@ -4,7 +4,7 @@ While decoding, one token comes and one slot goes. The storage has one slot more
 written into the free one, the queries attend to all, and the slot that leaves becomes the free one. Slots are in no
 order; each one's `place` says where it stands in time. No shape depends on the data and nothing is allocated anew, so
 that a whole decoding step can be captured in a CUDA graph. With the rule "none" no slot leaves: tokens are appended
-until the storage is full, and whoever made it takes the slots out (`thaw`, or `full` where no head has an empty slot),
+until the storage is full, and whoever made it takes the slots out (`thaw`, or `full` where every head's region is full),
 compresses, and puts them back (`refill`).
 
 Where heads may hold different numbers of slots, their storage lies one head behind the other, each as long as it needs
@@ -24,7 +24,7 @@ from torch import Tensor
 from kvrepro import kernels
 from kvrepro.methods.base import StepRule
 from kvrepro.rope import Rotation
-from kvrepro.slots import Slots, take
+from kvrepro.slots import Slots, partition, take
 
 #: Side vectors that fixed storage holds.
 SIDES = ("mass", "count", "bias")
@@ -230,7 +230,7 @@ def refill(static: StaticSlots, slots: Slots, *, by_tokens: bool) -> None:
         refill(even, slots, by_tokens=by_tokens)
         return static.put_back(even)
     if slots.ragged:
-        order = slots.valid.to(torch.int8).argsort(dim=2, descending=True, stable=True)
+        order = partition(~slots.valid)[0]
         slots = slots.map(lambda x: take(x, order) if x.dim() > 2 else x)
     static.filled.copy_(slots.valid.sum(dim=2))
     static.free.copy_(static.filled)
@@ -265,15 +265,30 @@ def _places(cardinality: Tensor, filled: Tensor, by_tokens: bool) -> Tensor:
 
 
 def full(static: StaticSlots) -> Slots:
-    """The slots of even storage that is full in every head, nothing having left it: the storage's own tensors."""
+    """The slots of storage that is full in every head, nothing having left it, in order.
+
+    They are the storage's own tensors where it is even, else a copy with a shorter region's empty slots in front.
+    """
+    slot = torch.arange(static.size, device=static.first.device) - (static.size - static.regions).unsqueeze(-1)
+    row = static.first.unsqueeze(-1) + slot
+
+    def side(name: str, fill: int = 0) -> Tensor:
+        """One of the vectors, `[B, H_kv, S, ...]`."""
+        x = getattr(static, name)
+        if static.is_even:
+            return x
+        x = x[row.clamp_min(0)]
+        return x.masked_fill((slot < 0).view(*slot.shape, *[1] * (x.dim() - 3)), fill)
+
     return Slots(
-        keys=static.keys,
-        values=static.values,
-        positions=static.positions,
-        cardinality=static.cardinality,
-        stats={name: getattr(static, name) for name in static.names},
+        keys=side("keys"),
+        values=side("values"),
+        positions=side("positions", -1),
+        cardinality=side("cardinality"),
+        stats={name: side(name) for name in static.names},
         state=static.state,
         dense=static.dense,
+        ragged=not static.is_even,
     )
 
 

@@ -385,6 +385,10 @@ BLOCKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "skipping": ("kvmerger", {"skip_layers": True}, 5),
     "pairs": ("kvslimmer", {"block": 3}, 3),
     "pairs by gradient": ("asymkv", {"fisher": "forward", "block": 2, "recent": 2}, 3),
+    "pooled heads": ("attention_matching", {"window": 6}, 3),
+    "pooled heads, sinks": ("attention_matching", {"keys": "mass", "sinks": 1, "block": 3, "positions": "cache"}, 3),
+    "pooled heads, one at a time": ("attention_matching", {"block": 1}, 3),
+    "equal heads": ("attention_matching", {"heads": "same", "window": 3}, 3),
 }
 
 
@@ -418,7 +422,7 @@ def test_blocks_freed_in_place_are_those_of_plain_generate(case: str, rows: str,
 
 
 @pytest.mark.parametrize("rows", ["even", "padded", "filling"])
-@pytest.mark.parametrize("options", [{"window": 6}, {"queries": "gaussian", "count": 8, "positions": "cache"}])
+@pytest.mark.parametrize("options", [{"keys": "greedy"}, {"queries": "gaussian", "count": 8, "positions": "cache"}])
 def test_fits_are_made_on_the_host(options: dict[str, Any], rows: str, left: list[decode.Decoder]) -> None:
     """A method that promises nothing of its compressions has the steps between them replayed."""
     model = kvrepro.prepare(tiny_model())
@@ -430,10 +434,13 @@ def test_fits_are_made_on_the_host(options: dict[str, Any], rows: str, left: lis
     assert left[0].modes == ["appended"] * 3 and left[0].replayed > 10 and left[0].replayed_due == 0
 
 
-def test_empty_slots_are_compressed_on_the_host(model: PreTrainedModel, left: list[decode.Decoder]) -> None:
+@pytest.mark.parametrize("method", ["kvmerger", "attention_matching"])
+def test_empty_slots_are_compressed_on_the_host(
+    model: PreTrainedModel, method: str, left: list[decode.Decoder]
+) -> None:
     """A row that is shorter than the budget waits while the other one's slots are merged."""
     ids, mask = padded(20, 7)
-    caches = [kvrepro.make_cache(model, "kvmerger", 16, block=4) for _ in range(2)]
+    caches = [kvrepro.make_cache(model, method, 16, block=4) for _ in range(2)]
     ours = kvrepro.generate(model, ids, caches[0], 30, attention_mask=mask)
     assert torch.equal(ours, plain(model, caches[1], ids, mask, 30))
     assert_same_cache(*caches)

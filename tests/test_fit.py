@@ -148,13 +148,15 @@ def test_reference_queries_are_spread_over_the_pass(padding: int, chosen: list[i
     assert asked.query_positions[0, there].tolist() == [12 - padding + i for i in range(len(chosen))]
 
 
-def test_a_slot_s_score_is_the_mean_of_those_beside_it() -> None:
-    """By hand; what is empty, here in front, counts neither as a slot nor as an attention of 0."""
+def test_a_slot_s_score_is_the_mean_with_the_tokens_beside_it() -> None:
+    """By hand; empty slots, here in front, and slots whose tokens are not neighbours count not."""
+    slots, _ = situation(6)
     score = torch.tensor([[[7.0, 7, 1, 4, 4, 0], [3, 0, 0, 3, 6, 0]]])
-    valid = torch.tensor([[[False, False, True, True, True, True], [True] * 6]])
-    expected = torch.tensor([[[0, 1, 2.5, 3, 8 / 3, 2], [1.5, 1, 1, 3, 3, 3]]])
-    found = attention_matching._smoothed(score, valid)
-    torch.testing.assert_close(found.where(valid, 0.0), expected.where(valid, torch.tensor(0.0)))
+    tokens = torch.tensor([[[-1, -1, 0, 1, 2, 3], [0, 1, 4, 6, 7, 8]]], dtype=torch.int32)
+    slots = dataclasses.replace(slots, positions=tokens, cardinality=(tokens >= 0).int(), ragged=True)
+    expected = torch.tensor([[[0, 0, 2.5, 3, 8 / 3, 2], [1.5, 1.5, 0, 4.5, 3, 3]]])
+    found = attention_matching._smoothed(score, slots)
+    torch.testing.assert_close(found.where(slots.valid, 0.0), expected)
 
 
 def test_scores_are_smoothed_where_queries_are_left_out_alone() -> None:
@@ -164,7 +166,7 @@ def test_scores_are_smoothed_where_queries_are_left_out_alone() -> None:
     assert asked.queries.shape[3] == 6
     found = method._see(slots, 6, step)
     plain = observe(asked, slots, power=2).mass
-    torch.testing.assert_close(found.score, attention_matching._smoothed(plain, slots.valid))
+    torch.testing.assert_close(found.score, attention_matching._smoothed(plain, slots))
     whole = methods.create("attention_matching", count=12, newest=0.0, heads="same")
     every = observe(whole.reference(slots, step, 6), slots, power=2).mass
     torch.testing.assert_close(whole._see(slots, 6, step).score, every)

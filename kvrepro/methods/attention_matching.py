@@ -55,7 +55,7 @@ class AttentionMatching(Method):
     numbers of slots, too, found once for a model by trying. Tokens that come one at a time share nothing out: without
     the many queries of a prompt it is not known who needs more.
 
-    Ours: where a pass has more tokens than `count`, a slot's score is the mean of its own and those of the slots on
+    Ours: where a pass has more tokens than `count`, a slot's score is the mean of its own and those of the tokens on
     either side, because what a query that is left out looks at is near what the queries beside it look at.
 
     Ours: while decoding, slots are chosen but not fitted: those of a prompt keep what its fit gave them. A few queries
@@ -78,8 +78,6 @@ class AttentionMatching(Method):
     that is an error. While decoding, and for a last chunk shorter than the window, the reference queries are the last
     `window` ones in any case.
 
-    It makes no promise that a CUDA graph can hold `compress` (`steady`, `leaves`): while decoding, the steps at which
-    it chooses slots run launch by launch. Between them steps are captured all the same.
     """
 
     name: ClassVar[str] = "attention_matching"
@@ -264,6 +262,11 @@ class AttentionMatching(Method):
             return self.base.block_of(budget)
         return max(1, budget // 16) if self.block is None else self.block
 
+    def leaves(self, budget: int) -> int | None:
+        """A block less than the slots that are one too many; no promise for `keys` or `queries` that take more work."""
+        plain = self.keys in ("rms", "mass") and self.queries != "gaussian"
+        return budget + 1 - self.block_of(budget) if plain else None
+
     def least_of(self, budget: int) -> int:
         """The fewest slots that a head is given where slots are pooled: enough to free a block of them, too."""
         need = self.sinks_of(budget) + self.recent_of(budget) + self.block_of(budget)
@@ -325,7 +328,7 @@ class AttentionMatching(Method):
         """The slots that stay, as they are."""
         freed = self.block_of(budget) - 1 if step.queries.shape[3] == 1 else 0
         if self.base is None:
-            return self._chosen(slots, step.found, budget, freed, step.rooms)
+            return self._chosen(slots, step.found, budget, freed, step.rooms, step.one_over)
         return self._left_by_base(slots, budget, budget - freed, step)
 
     def _see(self, slots: Slots, budget: int, step: Step) -> _Seen:
@@ -334,9 +337,10 @@ class AttentionMatching(Method):
         if self.base is not None:
             return _Seen(_spread(asked, self.fitted))
         score = observe(with_view(asked, slots), slots, power=1 if self.keys == "mass" else 2).mass
-        # What queries that are left out would find is near what those beside them do.
-        sampled = _counted(asked.query_positions) < _counted(step.query_positions)
-        score = torch.where(sampled[..., None], _smoothed(score, slots.valid), score)
+        if step.queries.shape[3] > self.count:
+            # What queries that are left out would find is near what those beside them do.
+            sampled = _counted(asked.query_positions) < _counted(step.query_positions)
+            score = torch.where(sampled[..., None], _smoothed(score, slots), score)
         return _Seen(_spread(asked, self.fitted), score, _by_token(observe(step.last(1), slots).mass, slots))
 
     def waiting(self, slots: Slots, budget: int, step: Step) -> Step:
@@ -392,7 +396,9 @@ class AttentionMatching(Method):
         left = dataclasses.replace(self.base, **ends).compress(slots, goal, step)
         return _with_rows(left, slots, slots.valid.sum(dim=2) <= budget) if slots.ragged else left
 
-    def _chosen(self, slots: Slots, seen: _Seen, budget: int, freed: int, rooms: Tensor | None) -> Slots:
+    def _chosen(
+        self, slots: Slots, seen: _Seen, budget: int, freed: int, rooms: Tensor | None, one_over: bool
+    ) -> Slots:
         """The slots that are attended to most, of a head that holds more than it may.
 
         Args:
@@ -401,6 +407,7 @@ class AttentionMatching(Method):
             budget: slots that a head may have.
             freed: slots that it is to have less.
             rooms: `[B, H_kv]`, the slots that each may have, where they differ.
+            one_over: see `Step`.
         """
         score = seen.score
         safe = protected(slots, self.sinks_of(budget), self.recent_of(budget))
@@ -416,7 +423,8 @@ class AttentionMatching(Method):
         else:
             keep = keep | top(score, slots.valid & ~keep, free - first)
         if rooms is not None:
-            return dataclasses.replace(compact(slots, keep, int(wanted.max())), ragged=True)
+            most = slots.size - 1 - freed if one_over else int(wanted.max())
+            return dataclasses.replace(compact(slots, keep, most), ragged=True)
         waits = slots.ragged and freed > 0
         return compact(slots, keep, int(wanted.max()) if waits else min(budget - freed, slots.size))
 
@@ -558,8 +566,8 @@ class _Seen:
     Attributes:
         asked: the reference queries that are fitted to.
         score: `[B, H_kv, S]`, attention of all reference queries to each slot, or its square, summed over them; in rows
-            where they are only some of the pass's queries, its mean with the slot on either side. None with a method's
-            `keys`.
+            where they are only some of the pass's queries, its mean with the slots of the tokens on either side. None
+            with a method's `keys`.
         now: `[B, H_kv, S]`, or `[B, 1, S]` where it is the same for all heads, the newest query's attention to a slot's
             token, the mean over the heads of the layer that hold it; None with a method's `keys`.
         peers: the layers that this one shares its slots with, once they are shared out.
@@ -636,21 +644,25 @@ def with_view(asked: Step, slots: Slots) -> Step:
     return dataclasses.replace(asked, view=seen)
 
 
-def _smoothed(score: Tensor, valid: Tensor) -> Tensor:
-    """The mean of a score `[B, H_kv, S]` over a slot and the one on either side, of those that hold something."""
-    held = valid.to(score.dtype)
-    total, count = (torch.nn.functional.avg_pool1d(x, kernel_size=3, stride=1, padding=1) for x in (score * held, held))
-    return total / count.clamp_min(0.1)
+def _smoothed(score: Tensor, slots: Slots) -> Tensor:
+    """The mean of a score `[B, H_kv, S]` over a slot and those of the tokens before and after its own."""
+    token = torch.where(slots.valid, slots.positions, -2)
+    beside = ((token.diff(dim=2) == 1) & slots.valid[..., :-1]).to(score.dtype)  # a slot and the next one
+    pad = torch.nn.functional.pad
+    total = score + pad(score[..., 1:] * beside, (0, 1)) + pad(score[..., :-1] * beside, (1, 0))
+    return total / (1 + pad(beside, (0, 1)) + pad(beside, (1, 0)))
 
 
 def _by_token(score: Tensor, slots: Slots) -> Tensor:
     """The mean of a score `[B, H_kv, S]` over the heads that hold a slot of the same token; `[B, 1, S]` if all do."""
     if slots.dense:
         return score.mean(dim=1, keepdim=True)
-    token = (slots.positions + 1).flatten(1).long()  # 0 is no token
-    total = score.new_zeros(len(score), int(token.max()) + 1).scatter_add_(1, token, score.flatten(1))
-    holders = torch.zeros_like(total).scatter_add_(1, token, torch.ones_like(score).flatten(1))
-    return (total / holders.clamp_min(1)).gather(1, token).view_as(score)
+    token, order = slots.positions.flatten(1).sort(dim=1)
+    token = torch.nn.functional.pad((token[:, 1:] != token[:, :-1]).cumsum(dim=1), (1, 0))  # those there are, counted
+    score = score.flatten(1).gather(1, order)
+    total, holders = (torch.zeros_like(score).scatter_add_(1, token, x) for x in (score, torch.ones_like(score)))
+    mean = (total / holders.clamp_min(1)).gather(1, token)
+    return torch.empty_like(mean).scatter_(1, order, mean).view_as(slots.positions)
 
 
 def _alike(counts: list[int], limit: int) -> list[tuple[list[int], int]]:

@@ -282,7 +282,8 @@ class Method:
 
         For methods that are due now and then. A number promises that `compress` after one token a row makes so many
         new slots of `budget + 1` whatever they hold, none of them empty, changes no `state`, and decides nothing on the
-        host (see `steady`). None is always right, and slower on a GPU.
+        host (see `steady`). Heads with `rooms` of their own lose as many each. `compress` is told by `Step.one_over`.
+        None is always right, and slower on a GPU.
         """
         return None
 
