@@ -68,7 +68,7 @@ def main() -> int:
                 said = "FAILED " + traceback.format_exc(limit=-3)
             failed += not said.startswith("ok")
             print(f"{name} {options} prompt {prompt}: {said} ({time.perf_counter() - start:.1f} s)", flush=True)
-    for name in ("full", "streaming_llm", "h2o", "weightedkv", "tova", "cam", "kvmerger"):
+    for name in ("full", "streaming_llm", "h2o", "cam", "weightedkv", "tova", "kvmerger"):
         try:
             said = check_perplexity(model, name)
         except Exception:

@@ -341,6 +341,7 @@ def _freeze(layer: CompressedLayer, rule: StepRule, newest: Tensor, room: int) -
         by_tokens=method.positions == "cardinality",
         biased=method.cardinality_bias,
         counting=layer.active,
+        layer=layer.layer,
         reduce=None if _averages(method) else method.reduce_group,
     )
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from kvrepro import kernels
 from kvrepro.methods.base import StepRule
 from kvrepro.rope import Rotation
-from kvrepro.slots import Slots, partition, take
+from kvrepro.slots import Slots, partition, take, uniform
 
 #: Side vectors that fixed storage holds.
 SIDES = ("mass", "count", "bias")
@@ -63,6 +63,7 @@ class StaticSlots:
         biased: a slot's logit is raised by log(cardinality).
         counting: attention is added to mass and count.
         reduce: `[B, H_kv, G, S]` attention -> `[B, H_kv, S]`; None is the mean over the group, all the kernel knows.
+        layer: index of the layer, for a rule that draws.
         state: side values of the method, kept for `thaw`.
         dense: as in `Slots`, while nothing has left.
     """
@@ -90,6 +91,7 @@ class StaticSlots:
     biased: bool = False
     counting: bool = True
     reduce: Callable[[Tensor], Tensor] | None = None
+    layer: int = 0
     state: Mapping[str, Tensor] = field(default_factory=dict)
     dense: bool = False
 
@@ -142,6 +144,7 @@ def freeze_shape(
     biased: bool = False,
     counting: bool = True,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    layer: int = 0,
 ) -> StaticSlots:
     """Move slots into fixed storage.
 
@@ -158,6 +161,7 @@ def freeze_shape(
         biased: see `StaticSlots`.
         counting: see `StaticSlots`.
         reduce: see `StaticSlots`.
+        layer: see `StaticSlots`.
 
     Returns:
         Storage of `room + 1` slots, the filled ones first, in order.
@@ -195,6 +199,7 @@ def freeze_shape(
         biased=biased,
         counting=counting,
         reduce=reduce,
+        layer=layer,
         state=slots.state,
         dense=slots.dense and rule.score == "none",
     )
@@ -410,7 +415,7 @@ def _read_keys(static: StaticSlots, valid: Tensor) -> Tensor:
 
 
 def _settle(static: StaticSlots, valid: Tensor) -> None:
-    """Let one slot of each full head go; its value joins the right neighbour's where the rule merges."""
+    """Let one slot of each full head go; its value joins others' where the rule merges."""
     rule = static.rule
     if rule.score == "none":
         static.filled += 1
@@ -419,9 +424,11 @@ def _settle(static: StaticSlots, valid: Tensor) -> None:
     full = (static.filled >= static.budget).unsqueeze(-1)  # [B, H, 1]
     leaves = _leaving(static, valid)  # [B, H, 1]: the place of the slot that leaves
     victim = (static.place == leaves).to(torch.int8).argmax(dim=2, keepdim=True)
-    if rule.merge:
+    if rule.merge == "right":
         right = (static.place == leaves + 1).to(torch.int8).argmax(dim=2, keepdim=True)
         _join(static, victim, right, full)
+    elif rule.merge == "next":
+        _pass_on(static, leaves, victim, full)
     static.place -= ((static.place > leaves) & full).to(torch.int32)
     static.filled += (~full).squeeze(-1).to(torch.int32)
     static.free.copy_(torch.where(full.squeeze(-1), victim.squeeze(-1).to(torch.int32), static.filled))
@@ -450,3 +457,20 @@ def _join(static: StaticSlots, victim: Tensor, right: Tensor, full: Tensor) -> N
     static.values.scatter_(2, row, torch.where(joined, mixed, old))
     tokens = static.cardinality.gather(2, victim) * full
     static.cardinality.scatter_add_(2, right, tokens.to(torch.int32))
+
+
+def _pass_on(static: StaticSlots, leaves: Tensor, victim: Tensor, full: Tensor) -> None:
+    """Add a share of the value at place `leaves` to each of the next `targets` slots', or to none, at random (CaM).
+
+    As `CaM.compress`, but for the rounding of float32: there the mean comes of running sums, and a share is the
+    difference of two values.
+    """
+    rule, wide = static.rule, torch.promote_types(static.values.dtype, torch.float32)
+    following = (static.place > leaves) & (static.place <= leaves + rule.targets)
+    mean = (static.mass * following).sum(dim=2, keepdim=True) / following.sum(dim=2, keepdim=True).clamp_min(1)
+    chance = static.mass.gather(2, victim) / mean.clamp_min(torch.finfo(mean.dtype).tiny)  # above 1: always
+    heads = torch.arange(victim.shape[1], device=victim.device)[None, :, None]
+    draw = uniform(rule.seed, static.layer, heads, static.positions.gather(2, victim), rule.stream)
+    gets = following & full & (draw < chance)  # [B, H, S]
+    share = (take(static.values, victim).to(wide) / rule.targets).to(static.values.dtype)
+    static.values += share.masked_fill(~gets.unsqueeze(-1), 0.0)

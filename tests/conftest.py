@@ -79,6 +79,25 @@ def mended_interpreter() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter holds bfloat16 as its bits, and multiplies the bits; here it multiplies the numbers."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def widen(handle: Any) -> Any:
+        """The numbers in float32."""
+        if handle.dtype.scalar.name != "bf16":
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+
+    dot = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest),
+    )
+
+
 @pytest.fixture(scope="session")
 def embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded model, prepared, in float32 on the CPU, and its tokenizer; treat it as read-only."""

@@ -39,7 +39,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int | float | None, str]] = {
     "pyramidkv": ("pyramidkv", {"window": 4, "kernel": 3}, 16, ""),
     "keydiff": ("keydiff", {}, 16, "copied back"),
     "random": ("random", {"sinks": 1, "recent": 2}, 16, "copied back"),
-    "cam": ("cam", {"targets": 3}, 16, "copied back"),
+    "cam": ("cam", {"targets": 3}, 16, "in place"),
+    "cam many": ("cam", {"targets": 40, "seed": 5, "positions": "original"}, 16, "in place"),
+    "cam cardinality": ("cam", {"targets": 3, "positions": "cardinality"}, 16, "copied back"),
     "cam recent": ("cam", {"targets": 3, "recent": 7}, 16, "appended"),
     "d2o": ("d2o", {}, 16, ""),
     "d2o variance": ("d2o", {"layer_budgets": "variance", "sinks": 1, "recent": 2}, 16, ""),
@@ -182,7 +184,7 @@ def test_generate_in_every_family(family: str, name: str) -> None:
     assert_same_cache(*caches)
 
 
-@pytest.mark.parametrize("name", ["weightedkv", "h2o", "kvmerger", "tova"])
+@pytest.mark.parametrize("name", ["weightedkv", "h2o", "cam", "kvmerger", "tova"])
 def test_capped_logits_in_fixed_storage(name: str) -> None:
     """Gemma 2 without sliding layers: the cap goes through every way of stepping."""
     model = kvrepro.prepare(tiny_model("gemma2", layer_types=["full_attention"] * 3))

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrepro import static
+from kvrepro import methods, static
 from kvrepro.attention import Step
 from kvrepro.methods.base import StepRule
 from kvrepro.rope import Rotation
-from kvrepro.slots import Slots
+from kvrepro.slots import Slots, uniform
 
 decode = pytest.importorskip("kvrepro.kernels.decode")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
 pytestmark = pytest.mark.usefixtures("mended_interpreter")
 
@@ -25,7 +27,8 @@ RULES = {
     "streaming_llm": StepRule("age", sinks=2, recent=19),
     "h2o": StepRule("mass", recent=5),
     "evicting": StepRule("mean", sinks=1, recent=4),
-    "weightedkv": StepRule("mean", merge=True, sinks=1, recent=4),
+    "cam": StepRule("age", merge="next", sinks=2, recent=19, targets=4, seed=-3, stream=1),
+    "weightedkv": StepRule("mean", merge="right", sinks=1, recent=4),
 }
 #: Rules and what else the kernel does with the slots: raise logits by log(cardinality), positions by tokens, counting.
 APPENDING = {
@@ -269,3 +272,76 @@ def test_any_number_of_splits_gives_the_same(splits: int, monkeypatch: pytest.Mo
         got, want = (f(x, *new, 0.1, None) for f, x in ((decode.step, ours), (static.step_reference, twin)))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(ours.place[..., :1], twin.place[..., :1]) and torch.equal(ours.free, twin.free)
+
+
+# --- CaM's draws and shares ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _draws(position_ptr, out_ptr, heads, seed, stream, layer, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    """`[heads, BLOCK]` draws."""
+    head, index = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    draw = decode._uniform(seed, stream, layer, head % heads, tl.load(position_ptr + index))
+    tl.store(out_ptr + head * BLOCK + index, draw)
+
+
+@pytest.mark.parametrize(
+    ("seed", "stream", "layer"), [(0, 1, 0), (7, 1, 31), (-3, 2, 5), (2**31 + 11, 0, 4), (2**40, 1, 1)]
+)
+def test_draws_are_the_same_bit_for_bit(seed: int, stream: int, layer: int) -> None:
+    position = torch.randint(0, 2**31 - 1, (512,), dtype=torch.int32)
+    out = torch.empty(6, 512)
+    _draws[(6,)](position, out, 6, decode._signed(seed), stream, layer, BLOCK=512)
+    assert torch.equal(out, uniform(seed, layer, torch.arange(6)[:, None], position, stream))
+
+
+SHARING = dataclasses.replace(RULES["cam"], sinks=3, targets=6, seed=9)
+
+
+@pytest.mark.usefixtures("bfloat16_products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rooms", [None, ROOMS + 5], ids=["even", "uneven"])
+def test_shares_of_a_leaving_value(rooms: Tensor | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same draws and sums as the twin's in every type, with slots and targets in several tiles."""
+    for name, size in (("pass_tile", 4), ("scan_tile", 16), ("settle_tile", 16)):
+        monkeypatch.setitem(decode.CONFIG, name, size)
+    torch.manual_seed(4)
+    exact = storage(SHARING, rooms=rooms, steps=14, layer=2)
+    ours, twin = copy.deepcopy(exact), copy.deepcopy(exact)
+    for slots in (ours, twin):
+        slots.keys, slots.values = slots.keys.to(dtype), slots.values.to(dtype)
+    new = storage(SHARING)
+    for _ in range(14):
+        token = [x.to(dtype) for x in tokens(new, 2)]
+        for step, slots in ((decode.step, ours), (static.step_reference, twin)):
+            step(slots, *token, 0.125, None)
+            slots.newest += 1
+    a, b = static.thaw(ours), static.thaw(twin)
+    assert torch.equal(a.positions, b.positions) and torch.equal(a.cardinality, b.cardinality)
+    # The interpreter cuts bfloat16 off where it should round; a share is a sixth of a value of about 1.
+    cut = {"rtol": 0.03, "atol": 0.1} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(a.values, b.values, **cut)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("targets", [1, 6, 40])
+def test_one_slot_leaves_as_cam_compresses(targets: int, dtype: torch.dtype) -> None:
+    """The same slots give their values away as in `CaM.compress`; the values are equal but for rounding."""
+    torch.manual_seed(targets)
+    method = methods.create("cam", sinks=2, targets=targets, seed=5)
+    fixed = storage(method.step_rule(21), b=1, h=40, filled=(21,), layer=3)
+    fixed.keys, fixed.values = fixed.keys.to(dtype), fixed.values.to(dtype)
+    static._write(fixed, *(x.to(dtype) for x in tokens(fixed, 1)[1:]))
+    fixed.mass[:] = torch.rand(fixed.mass.shape)
+    step = Step(queries=torch.empty(0), query_positions=fixed.newest[:, None], scale=1.0, layer=3)
+    old = fixed.values.clone()
+    want = method.compress(static.full(copy.deepcopy(fixed)), 21, step)
+    static._settle(fixed, torch.ones_like(fixed.place, dtype=torch.bool))
+    got = static.thaw(fixed)
+    for name in ("positions", "cardinality", "keys"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    torch.testing.assert_close(got.stats["mass"], want.stats["mass"])
+    torch.testing.assert_close(got.values, want.values, rtol=torch.finfo(dtype).eps, atol=2e-7)
+    gave = (got.values != old[:, :, [0, 1, *range(3, 22)]]).any(dim=3)
+    assert 0 < int(gave[..., 2].sum()) < 40  # some did, and some did not
+    assert torch.equal(gave.sum(dim=2), gave[..., 2] * min(targets, 19))

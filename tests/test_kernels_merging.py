@@ -17,7 +17,6 @@ from kvrepro.methods import d2o, keepkv, kvmerger
 from kvrepro.slots import Slots
 
 merging = pytest.importorskip("kvrepro.kernels.merging")
-interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 pytestmark = pytest.mark.usefixtures("mended_interpreter")
 
@@ -26,7 +25,7 @@ SHAPES = [(64, 45), (128, 70), (256, 33)]  # head size, slots
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned(monkeypatch: pytest.MonkeyPatch, bfloat16_products: None) -> None:
     """Unwritten outputs are NaN or a number that no test expects; bfloat16 matrices are multiplied as such."""
 
     def empty(*shape: Any, **options: Any) -> Tensor:
@@ -34,18 +33,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         dtype = options.get("dtype") or torch.get_default_dtype()
         return torch.full(size, float("nan") if dtype.is_floating_point else 77, **options)
 
-    def widen(handle: Any) -> Any:
-        """The interpreter holds bfloat16 as its bits, and multiplies the bits."""
-        if handle.dtype.scalar.name != "bf16":
-            return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
-
-    dot = interpreter.InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder,
-        "create_dot",
-        lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest),
-    )
     monkeypatch.setattr(torch, "empty", empty)
     seed = torch.seed() % 2**31
     print(f"torch.manual_seed({seed})")  # shown where a test fails

@@ -318,6 +318,27 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     compile_script(script, launches=27)
 
 
+def test_decoding_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """Both launches of a step, for the rules that merge."""
+    script = tmp_path / "launch.py"
+    script.write_text(
+        "import torch\n"
+        "from kvrepro import static\n"
+        "from kvrepro.kernels import decode\n"
+        "from kvrepro.methods.base import StepRule\n"
+        "from kvrepro.slots import Slots\n"
+        "k, ones = torch.randn(1, 2, 300, 128).bfloat16(), torch.ones(1, 2, 300, dtype=torch.int32)\n"
+        "slots = Slots(k, k, ones, ones, {name: ones.float() for name in ('mass', 'count')})\n"
+        "following = StepRule('age', merge='next', sinks=4, recent=296, targets=16, seed=-1, stream=1)\n"
+        "for rule, names in ((StepRule('mean', merge='right'), ('mass', 'count')), (following, ('mass',))):\n"
+        "    fixed = static.freeze_shape(slots, 300, rule, ones[0, :1, 0], names, None, layer=1)\n"
+        "    q = torch.randn(1, 2, 4, 128).bfloat16()\n"
+        "    decode.step(fixed, q, k[:, :, 0], k[:, :, 0], 0.1, None)\n",
+        encoding="utf-8",
+    )
+    compile_script(script, launches=4)
+
+
 def compile_script(script: Path, launches: int) -> None:
     """Compile the launches of a script for compute capability 9.0, in a process of its own."""
     root = Path(__file__).resolve().parents[1]

@@ -3,7 +3,7 @@
 Two launches. `_attend` walks over the slots in splits (flash decoding): it writes the new token into the free slot,
 turns keys to their in-cache positions, and leaves each split's partial output and, where the method asks for attention,
 the logits. `_settle` joins the splits; beside that, other programs add the probabilities to the slots' sums, and the
-last of a KV head finds the slot that leaves and merges its value into its right neighbour.
+last of a KV head finds the slot that leaves and merges its value into its right neighbour's or into the next ones'.
 
 The twin is `static.step_reference`.
 """
@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 _LOG2E = tl.constexpr(1.4426950408889634)
 #: How a slot's score is formed; the lowest leaves.
 SCORES = {"none": 0, "age": 1, "mass": 2, "mean": 3}
-#: Slots a tile of `_attend` holds, slots counted and slots scanned at a time by `_settle`, most splits a head is cut
-#: into, warps, stages of the pipeline.
+#: What becomes of the value that leaves.
+MERGES = {"": 0, "right": 1, "next": 2}
+#: Slots a tile of `_attend` holds, slots counted, scanned and added to at a time by `_settle`, most splits a head is
+#: cut into, warps, stages of the pipeline.
 CONFIG = {
     "tile": 64,
     "settle_tile": 512,
     "scan_tile": 4096,
+    "pass_tile": 16,
     "splits": 64,
     "attend_warps": 4,
     "settle_warps": 4,
@@ -185,12 +188,60 @@ def _count(
 
 
 @triton.jit
-def _let_go(
-    v_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, free_ptr, low_ptr, where_ptr, at_ptr,
-    head, first, pieces, size, sinks,
-    D: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr, SCORE: tl.constexpr, MERGE: tl.constexpr,
+def _mix(x):
+    """MurmurHash3's finaliser in uint32; `slots._mix`."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _note(state, counter):
+    """One more number in the hash."""
+    return _mix(state ^ (counter.to(tl.uint32) * 0x9E3779B1 + 0x7F4A7C15))
+
+
+@triton.jit
+def _uniform(seed, stream, layer, head, position):
+    """`slots.uniform`, bit for bit; all five are integers of 32 or 64 bits."""
+    state = _note(_note(_mix(seed.to(tl.uint32)), stream), layer)
+    state = _note(_note(state, head), position)
+    return (state >> 8).to(tl.float32) * (1.0 / 16777216.0)
+
+
+@triton.jit
+def _pass_on(
+    v_ptr, pos_ptr, mass_ptr, near_ptr, h, first, victim, number, targets, seed, stream, layer,
+    D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Free the slot with the lowest score of all, its value joined to its right neighbour's where the rule merges."""
+    """Add a share of the victim's value to each of the next `number` slots', or to none, at random."""
+    dim = tl.arange(0, D)
+    total = 0.0
+    for start in range(0, number, TILE):
+        k = start + tl.arange(0, TILE)
+        near = tl.load(near_ptr + k, mask=k < number, other=0, cache_modifier=".cg")
+        total += tl.sum(tl.load(mass_ptr + first + near, mask=k < number, other=0.0, cache_modifier=".cg"), 0)
+    mass = tl.load(mass_ptr + first + victim, cache_modifier=".cg")
+    chance = mass / tl.maximum(total / number, 1.1754943508222875e-38)
+    if _uniform(seed, stream, layer, h, tl.load(pos_ptr + first + victim)) < chance:
+        left = tl.load(v_ptr + (first + victim) * D + dim)
+        share = (left.to(tl.float32) / targets).to(left.dtype).to(tl.float32)
+        for start in range(0, number, TILE):
+            k = start + tl.arange(0, TILE)
+            near = tl.load(near_ptr + k, mask=k < number, other=0, cache_modifier=".cg")
+            row = v_ptr + (first + near)[:, None] * D + dim[None, :]
+            old = tl.load(row, mask=(k < number)[:, None], other=0.0)
+            tl.store(row, (old.to(tl.float32) + share[None, :]).to(old.dtype), mask=(k < number)[:, None])
+
+
+@triton.jit
+def _let_go(
+    v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, free_ptr, low_ptr, where_ptr, at_ptr, near_ptr,
+    head, h, first, pieces, size, filled, sinks, targets, seed, stream, layer,
+    D: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr, SCORE: tl.constexpr, MERGE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Free the slot with the lowest score of all, its value joined to others' where the rule merges."""
     leaves, victim, right = sinks, 0, 0
     if SCORE > 1:
         piece = tl.arange(0, PP)
@@ -205,10 +256,13 @@ def _let_go(
         place = tl.load(place_ptr + first + slot, mask=slot < size, other=-1, cache_modifier=".cg")
         if SCORE == 1:
             victim += tl.sum(tl.where(place == leaves, slot, 0), 0)
-        if MERGE:
+        if MERGE == 1:
             right += tl.sum(tl.where(place == leaves + 1, slot, 0), 0)
+        if MERGE == 2:
+            after = place - leaves - 1
+            tl.store(near_ptr + head * targets + after, slot, mask=(slot < size) & (after >= 0) & (after < targets))
         tl.store(place_ptr + first + slot, place - 1, mask=(slot < size) & (place > leaves))
-    if MERGE:
+    if MERGE == 1:
         dim = tl.arange(0, D)
         a = tl.load(mass_ptr + first + victim, cache_modifier=".cg")
         a /= tl.load(count_ptr + first + victim, cache_modifier=".cg")
@@ -221,17 +275,23 @@ def _let_go(
         tl.store(v_ptr + (first + right) * D + dim, mixed.to(v_ptr.dtype.element_ty))
         tokens = tl.load(card_ptr + first + victim) + tl.load(card_ptr + first + right)
         tl.store(card_ptr + first + right, tokens)
+    if MERGE == 2:
+        tl.debug_barrier()  # the slots noted above are read by other threads
+        _pass_on(
+            v_ptr, pos_ptr, mass_ptr, near_ptr + head * targets, h, first, victim,
+            tl.minimum(filled - leaves, targets), targets, seed, stream, layer, D, TILE,
+        )  # fmt: skip
     tl.store(free_ptr + head, victim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["targets", "seed", "stream", "layer"])
 def _settle(
     out_ptr, acc_ptr, max_ptr, sum_ptr, logit_ptr, v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr,
-    free_ptr, filled_ptr, newest_ptr, bias_ptr, low_ptr, where_ptr, at_ptr, done_ptr,
-    first_ptr, region_ptr, budget_ptr, heads, wide, sinks, recent, splits, pieces,
+    free_ptr, filled_ptr, newest_ptr, bias_ptr, low_ptr, where_ptr, at_ptr, near_ptr, done_ptr,
+    first_ptr, region_ptr, budget_ptr, heads, wide, sinks, recent, splits, pieces, targets, seed, stream, layer,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr,
-    SCAN: tl.constexpr, SCORE: tl.constexpr, MERGE: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr,
-    OWN: tl.constexpr,
+    SCAN: tl.constexpr, SCORE: tl.constexpr, MERGE: tl.constexpr, TILE: tl.constexpr,
+    MASS: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H_kv, G + pieces): G programs join a query head's splits, the others settle the slots.
 
@@ -263,8 +323,9 @@ def _settle(
             tl.debug_barrier()
             if (SCORE > 0) & (filled >= tl.load(budget_ptr + head)):
                 _let_go(
-                    v_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, free_ptr, low_ptr, where_ptr, at_ptr,
-                    head, first, pieces, size, sinks, D, PP, SCAN, SCORE, MERGE,
+                    v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, free_ptr, low_ptr, where_ptr, at_ptr,
+                    near_ptr, head, head % heads, first, pieces, size, filled, sinks, targets, seed,
+                    stream, layer, D, PP, SCAN, SCORE, MERGE, TILE,
                 )  # fmt: skip
             else:
                 tl.store(free_ptr + head, filled + 1)
@@ -294,7 +355,6 @@ def step(
     splits = min(triton.cdiv(size, tile), max(1, triton.cdiv(2 * _processors(queries), b * h)), CONFIG["splits"])
     span = triton.cdiv(triton.cdiv(size, tile), splits) * tile
     splits = triton.cdiv(size, span)
-    score = SCORES[slots.rule.score]
     mass, count = (slots.counting and x.numel() > 0 for x in (slots.mass, slots.count))
     own = slots.bias.numel() > 0
     new = queries.new_empty
@@ -317,17 +377,27 @@ def step(
     block = CONFIG["settle_tile"]
     pieces = triton.cdiv(size, block) if mass else 1
     low, where, at = new(b, h, pieces, dtype=torch.float32), *new(2, b, h, pieces, dtype=torch.int32)
+    rule = slots.rule
+    targets = rule.targets if rule.merge == "next" else 0
+    near = new(b, h, targets, dtype=torch.int32)
     _settle[(b * h, g + pieces)](
         out, acc, best, total, logits, slots.values, slots.positions, slots.place, slots.cardinality, slots.mass,
-        slots.count, slots.free, slots.filled, slots.newest, slots.bias, low, where, at, slots.done, slots.first,
-        slots.regions, slots.budget, h, size, slots.rule.sinks, slots.rule.recent, splits, pieces,
+        slots.count, slots.free, slots.filled, slots.newest, slots.bias, low, where, at, near, slots.done,
+        slots.first, slots.regions, slots.budget, h, size, rule.sinks, rule.recent, splits, pieces,
+        targets, _signed(rule.seed), rule.stream, slots.layer,
         G=g, GP=triton.next_power_of_2(g), D=d, SP=max(2, triton.next_power_of_2(splits)),
         PP=max(2, triton.next_power_of_2(pieces)), BLOCK=block,
         SCAN=min(CONFIG["scan_tile"], max(16, triton.next_power_of_2(size))),
-        SCORE=score, MERGE=slots.rule.merge, MASS=mass, COUNT=count, OWN=own,
+        SCORE=SCORES[rule.score], MERGE=MERGES[rule.merge], TILE=CONFIG["pass_tile"],
+        MASS=mass, COUNT=count, OWN=own,
         num_warps=CONFIG["settle_warps"],
     )  # fmt: skip
     return out
+
+
+def _signed(x: int) -> int:
+    """The int32 with the last 32 bits of `x`."""
+    return (x + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _processors(x: Tensor) -> int:

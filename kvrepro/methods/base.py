@@ -68,15 +68,23 @@ class StepRule:
     Attributes:
         score: the slot with the lowest one leaves: `"age"` (the oldest), `"mass"` (attention received), `"mean"` (the
             same over the queries that saw it), or `"none"` (nothing ever leaves).
-        merge: the value that leaves joins its right neighbour's, weighted by mean attention (WeightedKV, Alg. 1).
+        merge: what becomes of the value that leaves: `""` (it goes too), `"right"` (it joins its right neighbour's,
+            weighted by mean attention: WeightedKV, Alg. 1), or `"next"` (a share of it is added to each of the next
+            slots' or to none, at random: CaM).
         sinks: first slots that stay.
         recent: last slots that stay.
+        targets: slots that `"next"` adds to.
+        seed: seed of its draws (`slots.uniform`).
+        stream: their stream.
     """
 
     score: str
-    merge: bool = False
+    merge: str = ""
     sinks: int = 0
     recent: int = 1
+    targets: int = 0
+    seed: int = 0
+    stream: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvrepro.attention import Step
-from kvrepro.methods.base import POSITIONS, Method, option
+from kvrepro.methods.base import POSITIONS, Method, StepRule, option
 from kvrepro.slots import Slots, add_at, compact, protected, rank, take, uniform
 
 _CAM_STREAM = 1
@@ -42,6 +42,20 @@ class CaM(Method):
         """Check the options' values."""
         super().__post_init__()
         self.require_whole("targets", 1)
+
+    def step_rule(self, budget: int) -> StepRule | None:
+        """The oldest slot after the sinks goes, its value to the next `targets` slots or to none."""
+        if self.recent is not None or self.positions == "cardinality":
+            return None
+        return StepRule(
+            "age",
+            merge="next",
+            sinks=self.sinks,
+            recent=budget - self.sinks,
+            targets=self.targets,
+            seed=self.seed,
+            stream=_CAM_STREAM,
+        )
 
     def steady(self, budget: int, arrived: int = 1) -> bool:
         """Without `recent` a full layer lets one slot go at each step."""

@@ -50,7 +50,7 @@ class WeightedKV(Method):
         """The slot with the least mean attention goes, and its value joins its right neighbour's (Alg. 1)."""
         if self.positions == "cardinality":
             return None
-        return StepRule("mean", merge=self.merge, sinks=self.sinks, recent=self.recent_of(budget))
+        return StepRule("mean", merge="right" if self.merge else "", sinks=self.sinks, recent=self.recent_of(budget))
 
     def steady(self, budget: int, arrived: int = 1) -> bool:
         """A step is the same work whatever the slots hold."""
