@@ -311,9 +311,10 @@ def view(step: Step, slots: Slots) -> View:
     queries = step.queries.reshape(b, h * g, n, d)
     keys, bias = step.read_keys(slots), step.bias(slots)
     past = slots.size if step.behind else slots.size - n
-    if n > 1 and past == 0 and bias is None and step.softcap is None and _cudnn(queries, keys, slots.values):
+    plain = n > 1 and (step.behind or past == 0) and bias is None and step.softcap is None
+    if plain and _cudnn(queries, keys, slots.values, causal=not step.behind):
         output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            queries, keys, slots.values, None, True, 0.0, True, scale=step.scale
+            queries, keys, slots.values, None, True, 0.0, not step.behind, scale=step.scale
         )[:2]
         lse = lse.view(b, h * g, n)
     else:
@@ -323,9 +324,9 @@ def view(step: Step, slots: Slots) -> View:
     return View(queries, keys, slots.values, bias, output, lse, step.scale, step.softcap, slots.keys, past)
 
 
-def _cudnn(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether cuDNN's attention, the fastest there is for whole prompts, can be used."""
-    asked = torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, True, True)
+def _cudnn(queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool) -> bool:
+    """Whether cuDNN's attention, the fastest there is of a whole prompt or over all slots, can be used."""
+    asked = torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, causal, True)
     return torch.backends.cuda.can_use_cudnn_attention(asked)
 
 

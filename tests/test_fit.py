@@ -183,37 +183,6 @@ def test_what_waits_is_small() -> None:
     assert waits.found.score.shape == slots.positions.shape
 
 
-@pytest.mark.parametrize("unlike", ["", "biased", "ragged", "softcap"])
-def test_cudnn_is_asked_for_what_it_can(unlike: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where queries see all slots and nothing is added to the logits, what it gives is what `observe` would find."""
-    slots, step = situation(12)
-    asked = methods.create("attention_matching", count=6).reference(dataclasses.replace(slots, dense=True), step, 6)
-    slots = dataclasses.replace(slots, dense=unlike != "biased", ragged=unlike == "ragged", stats={})
-    if unlike == "biased":
-        slots = dataclasses.replace(slots, stats={"bias": torch.zeros_like(slots.positions, dtype=torch.float64)})
-    asked = dataclasses.replace(asked, softcap=5.0 if unlike == "softcap" else None)
-    called = []
-
-    def cudnn(queries: Tensor, keys: Tensor, values: Tensor, bias: None, lse: bool, *, scale: float) -> tuple:
-        """Output and log-sum-exp, a query head at a time."""
-        called.append(bias is None and lse)
-        group = queries.shape[1] // keys.shape[1]
-        logits = scale * queries @ keys.repeat_interleave(group, dim=1).mT
-        return logits.softmax(-1) @ values.repeat_interleave(group, dim=1), logits.logsumexp(-1)
-
-    monkeypatch.setattr(attention_matching.kernels, "covers", lambda *tensors: True)
-    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda wanted: True)
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn, raising=False)
-    seen = attention_matching.with_view(asked, slots).view
-    assert called == ([True] if not unlike else []) and (seen is None) == bool(unlike)
-    if not unlike:
-        monkeypatch.undo()
-        expected = observe(asked, slots)
-        torch.testing.assert_close(seen.output.view_as(expected.output), expected.output)
-        torch.testing.assert_close(seen.lse.view_as(expected.lse), expected.lse)
-        assert seen.past == slots.size and seen.source is slots.keys
-
-
 def test_heads_that_can_be_fitted_are() -> None:
     slots, step = situation(20)
     left = methods.create("attention_matching").compress(slots, 14, step)

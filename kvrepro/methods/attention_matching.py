@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvrepro import kernels
-from kvrepro.attention import Step, View, observe
+from kvrepro.attention import Step, observe
 from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued
 from kvrepro.methods.base import POSITIONS, Method, option
 from kvrepro.slots import Slots, compact, protected, top, uniform
@@ -333,7 +332,7 @@ class AttentionMatching(Method):
         asked = self.reference(slots, step, budget)
         if self.base is not None:
             return _Seen(_spread(asked, self.fitted))
-        score = observe(with_view(asked, slots), slots, power=1 if self.keys == "mass" else 2).mass
+        score = observe(asked, slots, power=1 if self.keys == "mass" else 2).mass
         # What queries that are left out would find is near what those beside them do.
         sampled = _counted(asked.query_positions) < _counted(step.query_positions)
         score = torch.where(sampled[..., None], _smoothed(score, slots.valid), score)
@@ -612,28 +611,6 @@ def _with_fit(left: Slots, cut: Tensor, found: tuple[Tensor, Tensor, Tensor]) ->
         stats={**left.stats, "bias": left.stats["bias"] + torch.where(changed[..., None], bias, 0.0)},
         state={"fallbacks": known + (cut & ~good).float()},
     )
-
-
-def with_view(asked: Step, slots: Slots) -> Step:
-    """A step whose queries see all slots, with what they see by cuDNN's attention where that can be used.
-
-    Where it cannot, `observe` takes our kernel, or PyTorch.
-    """
-    b, h, g, m, d = asked.queries.shape
-    queries = asked.queries.reshape(b, h * g, m, d)
-    if not kernels.covers(queries, slots.keys, slots.values) or asked.is_biased(slots) or asked.softcap is not None:
-        return asked
-    keys = asked.read_keys(slots)
-    wanted = torch.backends.cuda.SDPAParams(queries, keys, slots.values, None, 0.0, False, True)
-    if not torch.backends.cuda.can_use_cudnn_attention(wanted):
-        return asked
-    output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        queries, keys, slots.values, None, True, scale=asked.scale
-    )[:2]
-    seen = View(
-        queries, keys, slots.values, None, output, lse.view(b, h * g, m), asked.scale, None, slots.keys, slots.size
-    )
-    return dataclasses.replace(asked, view=seen)
 
 
 def _smoothed(score: Tensor, valid: Tensor) -> Tensor:
