@@ -335,20 +335,20 @@ class Observation:
     """How a pass's queries see slots.
 
     Attributes:
-        mass: `[B, H_kv, S]`, attention to each slot, or its power, summed over queries and group.
+        mass: `[B, H_kv, S]`, attention to each slot, or its power, summed over queries and group, where asked for.
         output: `[B, H_kv, G, n, d]`, what the queries get; 0 for a query that sees nothing.
         lse: `[B, H_kv, G, n]`, their log-sum-exp; +inf for a query that sees nothing.
         view: what the kernels read, where they did the work, else None.
     """
 
-    mass: Tensor
+    mass: Tensor | None
     output: Tensor
     lse: Tensor
     view: View | None = None
 
 
-def observe(step: Step, slots: Slots, power: int = 1) -> Observation:
-    """Let a pass's queries attend to slots; `mass` sums attention to that power."""
+def observe(step: Step, slots: Slots, power: int | None = 1) -> Observation:
+    """Let a pass's queries attend to slots; `mass` sums attention to that power, None adds nothing up."""
     if kernels.covers(step.queries, slots.keys, slots.values):
         known = step.view is not None and step.view.source is slots.keys
         seen = step.view if known else view(step, slots)
@@ -356,13 +356,15 @@ def observe(step: Step, slots: Slots, power: int = 1) -> Observation:
         output, lse = seen.output.reshape(*shape, -1), seen.lse.reshape(shape)
         if slots.ragged:
             output = output.masked_fill(lse.isinf().unsqueeze(-1), 0.0)
-        return Observation(seen.column_sums(power=power).sum(dim=2), output, lse, seen)
-    mass, outputs, normals = 0.0, [], []
+        mass = None if power is None else seen.column_sums(power=power).sum(dim=2)
+        return Observation(mass, output, lse, seen)
+    mass, outputs, normals = None if power is None else 0.0, [], []
     for _, found in step.logits(slots):
         lse = found.logsumexp(dim=-1)
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         p = (found - lse.unsqueeze(-1)).exp()
-        mass = mass + p.pow(power).sum(dim=(2, 3))
+        if power is not None:
+            mass = mass + p.pow(power).sum(dim=(2, 3))
         outputs.append(p @ slots.values.to(p.dtype).unsqueeze(2))
         normals.append(lse)
     return Observation(mass, torch.cat(outputs, dim=3), torch.cat(normals, dim=3))

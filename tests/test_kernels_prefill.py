@@ -180,6 +180,8 @@ def test_queries_behind_all_slots_see_them_all(
     for name in ("mass", "output", "lse"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(want, name), rtol=1e-4, atol=1e-5)
     assert bool((found.lse.isinf() == (places < 0)[:, None, None]).all())
+    answers = attention.observe(step, slots, power=None)
+    assert answers.mass is None and torch.equal(answers.output, found.output) and torch.equal(answers.lse, found.lse)
 
 
 @pytest.mark.parametrize("unlike", ["", "biased", "ragged", "softcap"])

@@ -312,7 +312,7 @@ class AttentionMatching(Method):
         # A row of a batch that still fits stays as it is.
         cut = [mine.valid.sum(dim=2) < slots.valid.sum(dim=2) for mine, (slots, _) in zip(left, layers, strict=True)]
         asked = [step.found.asked for _, step in layers]
-        whole = [observe(its, slots) for its, (slots, _) in zip(asked, layers, strict=True)]
+        whole = [observe(its, slots, power=None) for its, (slots, _) in zip(asked, layers, strict=True)]
         outputs, masses = [its.output for its in whole], [its.lse for its in whole]
         if layers[0][1].rooms is None:
             fits = [self.fit(*each) for each in zip(left, asked, outputs, masses, strict=True)]
