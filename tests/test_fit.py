@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from recording import recorded
 from scipy.optimize import nnls
 from tiny import tiny_model, tokens
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import kvrepro
 from kvrepro import fit, methods
@@ -189,6 +192,51 @@ def test_heads_that_can_be_fitted_are() -> None:
     for head in range(3):
         assert evicted(left, slots, head) == bool(left.state["fallbacks"][0, head])
     assert float(left.state["fallbacks"].sum()) < 3
+
+
+class Rounded(TorchFunctionMode):
+    """Matrices of float32 are multiplied as a GPU may with TF32: what is beyond 10 bits behind the first is cut off."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (Tensor.matmul, Tensor.__matmul__) and args[0].dtype == torch.float32:
+            args = [(x.contiguous().view(torch.int32) & ~((1 << 13) - 1)).view(torch.float32) for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sharp", [1.0, 3.0])
+def test_rounding_to_tf32_costs_no_accuracy(sharp: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other queries' output, the fitted slots miss as much with and without, to a few parts in a thousand."""
+    keys, values = (random(1, 2, 600, 32, seed=seed).float() for seed in (0, 1))
+    queries = sharp * random(1, 2, 4, 96, 32, seed=2).float() + random(1, 2, 4, 1, 32, seed=3).float()
+    positions = torch.arange(600, dtype=torch.int32).expand(1, 2, -1).contiguous()
+    stats = {"bias": torch.zeros(1, 2, 600)}
+    slots = Slots(keys, values, positions, torch.ones_like(positions), stats=stats, dense=False)
+    places = torch.full((1, 48), 600, dtype=torch.int32)
+    asked, others = (Step(queries[:, :, :, i::2], places, scale=32**-0.5, behind=True) for i in (0, 1))
+    whole, wanted = observe(asked, slots, power=2), observe(others, slots).output
+    left = compact(slots, top(whole.mass, slots.valid, 250), 250)
+    missed = []
+    for product in (nullcontext, Rounded):
+        monkeypatch.setattr(attention_matching, "tf32", lambda on, product=product: product() if on else nullcontext())
+        fitted, bias, _ = methods.create("attention_matching").fit(left, asked, whole.output, whole.lse)
+        found = observe(others, dataclasses.replace(left, values=fitted, stats={"bias": bias})).output
+        missed.append(float((found - wanted).norm()))
+    assert missed[0] != missed[1] and missed[1] == pytest.approx(missed[0], rel=3e-3)
+
+
+def test_tf32_is_as_it_was_afterwards() -> None:
+    """Whichever of PyTorch's two ways it was set by, both can still be read."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        for allowed in (True, False):
+            matmul.allow_tf32 = allowed
+            for asked in (True, False):
+                with fit.tf32(asked):
+                    assert getattr(matmul, "fp32_precision", "tf32") == ("tf32" if asked or allowed else "ieee")
+                assert matmul.allow_tf32 == allowed
+    finally:
+        matmul.allow_tf32 = before
 
 
 def test_too_few_queries_to_fit_and_judge() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvrepro.attention import Step, observe
-from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued
+from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued, tf32
 from kvrepro.methods.base import POSITIONS, Method, option
 from kvrepro.slots import Slots, compact, protected, top, uniform
 
@@ -536,14 +536,16 @@ class AttentionMatching(Method):
         share = _shares(asked, lse, left)
         weights = best_weights(share, self.rounds)
         judge = slice(share.shape[3] // 2, None)
-        before = _squared(mixed(_normalised(share[:, :, :, judge]), left.values) - output[:, :, :, judge])
-        p = _normalised(share.mul_(weights[:, :, None, None]))
-        # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
-        loose = 1 - p.amax(dim=(2, 3))  # [B, H, S]
-        rest = output - mixed(p, left.values)
-        ridges = [self.ridge * factor for factor in (1, 10, 100)]
         filled = left.valid.sum(dim=2) if left.ragged else None
-        found = fit_values(p.mul_(loose[:, :, None, None]), rest, None, ridges, filled=filled)
+        ridges = [self.ridge * factor for factor in (1, 10, 100)]
+        # Rounding changes P'P by less than the ridge does; outputs in bfloat16 were rounded four times as coarsely.
+        with tf32(self.ridge >= 0.01):
+            before = _squared(mixed(_normalised(share[:, :, :, judge]), left.values) - output[:, :, :, judge])
+            p = _normalised(share.mul_(weights[:, :, None, None]))
+            # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
+            loose = 1 - p.amax(dim=(2, 3))  # [B, H, S]
+            rest = output - mixed(p, left.values)
+            found = fit_values(p.mul_(loose[:, :, None, None]), rest, None, ridges, filled=filled)
         values = (left.values + loose[..., None] * found.values).to(left.values.dtype)
         bias = weights.log().to(left.stats["bias"].dtype)
         sound = values.isfinite().all(-1).all(-1) & bias.isfinite().all(-1)
@@ -648,7 +650,8 @@ def _alike(counts: list[int], limit: int) -> list[tuple[list[int], int]]:
 
 def _shares(asked: Step, lse: Tensor, slots: Slots) -> Tensor:
     """`[B, H_kv, G, m, S]`: each slot's share of the whole mass that the reference queries see."""
-    parts = [found.sub_(lse[:, :, :, part, None]).exp_() for part, found in asked.logits(slots)]
+    with tf32(slots.keys.element_size() == 2):  # which numbers of 16 bits pass unrounded
+        parts = [found.sub_(lse[:, :, :, part, None]).exp_() for part, found in asked.logits(slots)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
