@@ -415,7 +415,7 @@ def test_layers_fitted_side_by_side_are_as_each_alone(budget: int, monkeypatch: 
     mask[1, :43] = 0
     caches, sizes = [], []
     plain = AttentionMatching._compressed
-    for together in (1, 1 << 27):
+    for together in (1, attention_matching._TOGETHER):
         monkeypatch.setattr(attention_matching, "_TOGETHER", together)
         monkeypatch.setattr(AttentionMatching, "_compressed", lambda *a: sizes.append(len(a[1])) or plain(*a))
         caches.append(kvrepro.make_cache(model, "attention_matching", budget))
@@ -426,6 +426,31 @@ def test_layers_fitted_side_by_side_are_as_each_alone(budget: int, monkeypatch: 
         torch.testing.assert_close(alone.values, beside.values)
         torch.testing.assert_close(alone.slots.stats["bias"], beside.slots.stats["bias"])
         assert torch.equal(alone.fallbacks, beside.fallbacks)
+
+
+@pytest.mark.parametrize("fitted", [4, 128])
+def test_memory_bounds_how_many_layers_are_fitted_side_by_side(fitted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares count at the budget, keys and values twice at the widest head's size: here for two layers of five."""
+    model, budget = kvrepro.prepare(tiny_model(layers=5)), 12
+    sizes, widest, each = [], 0, 0
+    plain = AttentionMatching._compressed
+
+    def compressed(method: AttentionMatching, layers: list, budget: int) -> list[Slots]:
+        """Note what comes together."""
+        sizes.append(len(layers))
+        return plain(method, layers, budget)
+
+    monkeypatch.setattr(AttentionMatching, "_compressed", compressed)
+    for _ in range(2):
+        cache = kvrepro.make_cache(model, "attention_matching", budget, fitted=fitted)
+        kvrepro.prefill(model, tokens(1, 60), cache)
+        assert sizes == ([2, 2, 1] if each else [5])
+        sizes.clear()
+        rooms = torch.stack([layer.rooms for layer in cache.compressed])
+        slots, group = cache.compressed[0].slots, model.config.num_attention_heads // rooms.shape[2]
+        widest, side = int(rooms.max()), slots.keys.shape[3] + slots.values.shape[3]
+        each = rooms[0].numel() * slots.keys.element_size() * (budget * group * min(fitted, 60) + 2 * widest * side)
+        monkeypatch.setattr(attention_matching, "_TOGETHER", 3 * each - 1)
 
 
 def test_rows_of_pooled_heads_can_be_reordered() -> None:
@@ -750,6 +775,6 @@ def test_a_hybrid_s_options_are_its_base_s() -> None:
 
 def test_heads_are_grouped_by_size() -> None:
     """No more than half of a group is empty, and none is larger than all heads would be with equal numbers."""
-    assert _alike([5, 0, 9, 100, 10, 6, 19], 150) == [([0, 5, 2], 9), ([4, 6], 19), ([3], 100)]
-    assert _alike([7, 8, 9], 16) == [([0, 1], 8), ([2], 9)]
-    assert _alike([0, 0], 10) == [] and _alike([40], 10) == [([0], 40)]
+    assert _alike([0, 5, 6, 9, 10, 19, 100], 150) == [(slice(1, 4), 9), (slice(4, 6), 19), (slice(6, 7), 100)]
+    assert _alike([7, 8, 9], 16) == [(slice(0, 2), 8), (slice(2, 3), 9)]
+    assert _alike([0, 0], 10) == [] and _alike([40], 10) == [(slice(0, 1), 40)]

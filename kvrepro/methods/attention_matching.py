@@ -32,8 +32,8 @@ BASES: dict[str, dict[str, Any]] = {
 
 #: Streams of the two uniform numbers that a normal one is made of.
 _RADIUS, _ANGLE = 3, 4
-#: Shares of the mass that are held side by side where heads of several layers are fitted, 512 MiB of float32.
-_TOGETHER = 1 << 27
+#: Bytes of shares of the mass, keys and values that are held side by side where heads of several layers are fitted.
+_TOGETHER = 1 << 29
 _SIDES = ("keys", "values", "positions", "cardinality")
 
 
@@ -493,31 +493,20 @@ class AttentionMatching(Method):
         of all heads are copied beside them.
         """
         b, h = cut[0].shape
-        size = max(slots.size for slots in left)
-
-        def rows(parts: list[Tensor]) -> Tensor:
-            """Of `[B, H_kv, ...]` a layer: every head of every layer as a row with one head."""
-            return torch.cat([x.flatten(0, 1) for x in parts]).unsqueeze(1)
-
-        left = [slots if slots.size == size else slots.pad(size) for slots in left]
-        sides = {name: rows([getattr(slots, name) for slots in left]) for name in _SIDES}
-        stats = {name: rows([slots.stats[name] for slots in left]) for name in left[0].stats}
-        slots = Slots(**sides, stats=stats, dense=False, ragged=True)
-        queries = rows([its.queries for its in asked])
+        slots, queries, output, lse = _in_rows(left), *map(_rows, ([its.queries for its in asked], outputs, masses))
         places = torch.cat([its.query_positions.repeat_interleave(h, dim=0) for its in asked])
-        output, lse = rows(outputs), rows(masses)
-        values, bias = slots.values.clone(), torch.zeros_like(slots.stats["bias"])
-        fitted = torch.cat([x.flatten() for x in cut])
+        bias, fitted = torch.zeros_like(slots.stats["bias"]), _rows(cut)[:, 0]
         good = torch.ones_like(fitted)
-        limit = max(b * h * budget, _TOGETHER // queries[0, ..., 0].numel())
-        for heads, width in _alike((slots.valid.sum(dim=(1, 2)) * fitted).tolist(), limit):
-            index = torch.tensor(heads, device=fitted.device)
+        limit = max(b * h * budget, _TOGETHER // _bytes_of_shares(asked[0]))
+        count, order = (slots.valid.sum(dim=(1, 2)) * fitted).sort(stable=True)
+        for heads, width in _alike(count.tolist(), limit):
+            index = order[heads]
             part = slots.map(lambda x: x[index][:, :, -width:])  # noqa: B023
             step = dataclasses.replace(asked[0], queries=queries[index], query_positions=places[index])
             found = self.fit(part, step, output[index], lse[index])
-            values[index, :, -width:], bias[index, :, -width:], good[index] = *found[:2], found[2].squeeze(1)
-        split = [x.view(len(left), b, h, *x.shape[2:]).unbind(0) for x in (values, bias)]
-        return list(zip(*split, good.view(len(left), b, h).unbind(0), strict=True))
+            slots.values[index, :, -width:], bias[index, :, -width:], good[index] = *found[:2], found[2].squeeze(1)
+        split = [x.view(-1, b, h, *x.shape[2:]).unbind(0) for x in (slots.values, bias)]
+        return list(zip(*split, good.view(-1, b, h).unbind(0), strict=True))
 
     def fit(self, left: Slots, asked: Step, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the kept slots should have.
@@ -578,6 +567,8 @@ class _Peers:
     def __init__(self, method: AttentionMatching, budget: int, layers: list[tuple[Slots, Step]]) -> None:
         """Layers in turn, all their slots and what was seen of them, with the `rooms` that they were given."""
         self._method, self._budget = method, budget
+        device = layers[0][1].rooms.device
+        self._most = int(torch.stack([step.rooms.to(device) for _, step in layers]).max())  # slots that a head may have
         self._waiting = {step.layer: (slots, step) for slots, step in layers}
         self._done: dict[int, Slots] = {}
 
@@ -586,7 +577,9 @@ class _Peers:
         if layer not in self._done:
             slots, step = self._waiting[layer]
             alike = [i for i, other in self._waiting.items() if _can_join((slots, step), other)]
-            each = step.rooms.numel() * self._budget * step.found.asked.queries[0, 0, ..., 0].numel()
+            side = sum(x.shape[3] * x.element_size() for x in (slots.keys, slots.values))
+            copies = 2 * self._most * side  # of all heads, and of those that are fitted
+            each = step.rooms.numel() * (self._budget * _bytes_of_shares(step.found.asked) + copies)
             now = alike[alike.index(layer) :][: max(1, _TOGETHER // each)]
             layers = [self._waiting.pop(i) for i in now]
             self._done.update(zip(now, self._method._compressed(layers, self._budget), strict=True))
@@ -632,19 +625,39 @@ def _by_token(score: Tensor, slots: Slots) -> Tensor:
     return (total / holders.clamp_min(1)).gather(1, token).view_as(score)
 
 
-def _alike(counts: list[int], limit: int) -> list[tuple[list[int], int]]:
-    """Groups of heads, given their numbers of slots, and the most that one of a group has; heads without are left out.
+def _rows(parts: list[Tensor]) -> Tensor:
+    """Of `[B, H_kv, ...]` a layer: every head of every layer as a row with one head."""
+    return torch.cat([x.flatten(0, 1) for x in parts]).unsqueeze(1)
+
+
+def _in_rows(layers: list[Slots]) -> Slots:
+    """Every head of every layer as a row with one head, as wide as the widest layer: a copy."""
+    size = max(slots.size for slots in layers)
+    layers = [slots if slots.size == size else slots.pad(size) for slots in layers]
+    sides = {name: _rows([getattr(slots, name) for slots in layers]) for name in _SIDES}
+    stats = {name: _rows([slots.stats[name] for slots in layers]) for name in layers[0].stats}
+    return Slots(**sides, stats=stats, dense=False, ragged=True)
+
+
+def _bytes_of_shares(asked: Step) -> int:
+    """Bytes that a slot's shares take, those of all reference queries of a head."""
+    wide = torch.promote_types(asked.queries.dtype, torch.float32)
+    return asked.queries[0, 0, ..., 0].numel() * wide.itemsize
+
+
+def _alike(counts: list[int], limit: int) -> list[tuple[slice, int]]:
+    """Groups of heads, given their numbers of slots in ascending order, and the most that one of a group has.
 
     In a group nobody has twice as many as another, and heads times most is at most `limit`, if that leaves one head.
+    Heads without slots are left out.
     """
-    groups: list[tuple[list[int], int]] = []
-    least = 0
-    for head in sorted((i for i, count in enumerate(counts) if count), key=counts.__getitem__):
-        count = counts[head]
-        if not groups or count >= 2 * least or (len(groups[-1][0]) + 1) * count > limit:
-            groups.append(([], 0))
-            least = count
-        groups[-1] = ([*groups[-1][0], head], count)
+    groups: list[tuple[slice, int]] = []
+    start = counts.count(0)
+    for end in range(start + 1, len(counts) + 1):
+        last = end == len(counts)
+        if last or counts[end] >= 2 * counts[start] or (end + 1 - start) * counts[end] > limit:
+            groups.append((slice(start, end), counts[end - 1]))
+            start = end
     return groups
 
 
