@@ -524,17 +524,19 @@ class AttentionMatching(Method):
         """
         share = _shares(asked, lse, left)
         weights = best_weights(share, self.rounds)
-        judge = slice(share.shape[3] // 2, None)
+        judge, tiny = slice(share.shape[3] // 2, None), torch.finfo(share.dtype).tiny
+        totals = (weights.unsqueeze(2) @ share.flatten(2, 3).mT).view(*share.shape[:4], 1)
         filled = left.valid.sum(dim=2) if left.ragged else None
         ridges = [self.ridge * factor for factor in (1, 10, 100)]
         # Rounding changes P'P by less than the ridge does; outputs in bfloat16 were rounded four times as coarsely.
         with tf32(self.ridge >= 0.01):
-            before = _squared(mixed(_normalised(share[:, :, :, judge]), left.values) - output[:, :, :, judge])
-            p = _normalised(share.mul_(weights[:, :, None, None]))
+            held, wanted = share[:, :, :, judge], output[:, :, :, judge]
+            before = _squared(mixed(held, left.values) / held.sum(-1, keepdim=True).clamp_min(tiny) - wanted)
+            p = share.div_(totals.clamp_min(tiny))  # attention is weights * p
             # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
-            loose = 1 - p.amax(dim=(2, 3))  # [B, H, S]
-            rest = output - mixed(p, left.values)
-            found = fit_values(p.mul_(loose[:, :, None, None]), rest, None, ridges, filled=filled)
+            loose = 1 - weights * p.amax(dim=(2, 3))  # [B, H, S]
+            rest = output - mixed(p, weights[..., None] * left.values)
+            found = fit_values(p.mul_((weights * loose)[:, :, None, None]), rest, None, ridges, filled=filled)
         values = (left.values + loose[..., None] * found.values).to(left.values.dtype)
         bias = weights.log().to(left.stats["bias"].dtype)
         sound = values.isfinite().all(-1).all(-1) & bias.isfinite().all(-1)
@@ -740,11 +742,6 @@ def _turned(step: Step, queries: Tensor, shift: Tensor) -> Tensor:
     """Queries `[B, H_kv, G, m, d]` moved by `shift` positions `[B, m]`."""
     flat = queries.flatten(1, 2)
     return step.rotation.rotate(flat, shift[:, None].expand(flat.shape[:3]).contiguous()).view(queries.shape)
-
-
-def _normalised(share: Tensor) -> Tensor:
-    """Shares of the whole mass `[..., S]` as attention: rows sum to 1, those of zeros stay."""
-    return share / share.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
 
 
 def _squared(error: Tensor) -> Tensor:
