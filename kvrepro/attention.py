@@ -313,9 +313,10 @@ def view(step: Step, slots: Slots) -> View:
     queries = step.queries.reshape(b, h * g, n, d)
     keys, bias = step.read_keys(slots), step.bias(slots)
     past = slots.size if step.behind else slots.size - n
-    if n > 1 and past == 0 and bias is None and step.softcap is None and _cudnn(queries, keys, slots.values):
+    plain = n > 1 and (step.behind or past == 0) and bias is None and step.softcap is None
+    if plain and _cudnn(queries, keys, slots.values, causal=not step.behind):
         output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            queries, keys, slots.values, None, True, 0.0, True, scale=step.scale
+            queries, keys, slots.values, None, True, 0.0, not step.behind, scale=step.scale
         )[:2]
         lse = lse.view(b, h * g, n)
     else:
@@ -325,9 +326,9 @@ def view(step: Step, slots: Slots) -> View:
     return View(queries, keys, slots.values, bias, output, lse, step.scale, step.softcap, slots.keys, past)
 
 
-def _cudnn(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether cuDNN's attention, the fastest there is for whole prompts, can be used."""
-    asked = torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, True, True)
+def _cudnn(queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool) -> bool:
+    """Whether cuDNN's attention, the fastest there is of a whole prompt or over all slots, can be used."""
+    asked = torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, causal, True)
     return torch.backends.cuda.can_use_cudnn_attention(asked)
 
 
@@ -336,20 +337,20 @@ class Observation:
     """How a pass's queries see slots.
 
     Attributes:
-        mass: `[B, H_kv, S]`, attention to each slot, or its power, summed over queries and group.
+        mass: `[B, H_kv, S]`, attention to each slot, or its power, summed over queries and group, where asked for.
         output: `[B, H_kv, G, n, d]`, what the queries get; 0 for a query that sees nothing.
         lse: `[B, H_kv, G, n]`, their log-sum-exp; +inf for a query that sees nothing.
         view: what the kernels read, where they did the work, else None.
     """
 
-    mass: Tensor
+    mass: Tensor | None
     output: Tensor
     lse: Tensor
     view: View | None = None
 
 
-def observe(step: Step, slots: Slots, power: int = 1) -> Observation:
-    """Let a pass's queries attend to slots; `mass` sums attention to that power."""
+def observe(step: Step, slots: Slots, power: int | None = 1) -> Observation:
+    """Let a pass's queries attend to slots; `mass` sums attention to that power, None adds nothing up."""
     if kernels.covers(step.queries, slots.keys, slots.values):
         known = step.view is not None and step.view.source is slots.keys
         seen = step.view if known else view(step, slots)
@@ -357,13 +358,15 @@ def observe(step: Step, slots: Slots, power: int = 1) -> Observation:
         output, lse = seen.output.reshape(*shape, -1), seen.lse.reshape(shape)
         if slots.ragged:
             output = output.masked_fill(lse.isinf().unsqueeze(-1), 0.0)
-        return Observation(seen.column_sums(power=power).sum(dim=2), output, lse, seen)
-    mass, outputs, normals = 0.0, [], []
+        mass = None if power is None else seen.column_sums(power=power).sum(dim=2)
+        return Observation(mass, output, lse, seen)
+    mass, outputs, normals = None if power is None else 0.0, [], []
     for _, found in step.logits(slots):
         lse = found.logsumexp(dim=-1)
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         p = (found - lse.unsqueeze(-1)).exp()
-        mass = mass + p.pow(power).sum(dim=(2, 3))
+        if power is not None:
+            mass = mass + p.pow(power).sum(dim=(2, 3))
         outputs.append(p @ slots.values.to(p.dtype).unsqueeze(2))
         normals.append(lse)
     return Observation(mass, torch.cat(outputs, dim=3), torch.cat(normals, dim=3))

@@ -8,7 +8,8 @@ an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,19 @@ class ValueFit:
 
     values: Tensor
     gain: Tensor
+
+
+@contextmanager
+def tf32(allowed: bool = True) -> Iterator[None]:
+    """Inside, if allowed, a GPU may round the float32 matrices that it multiplies to 11 significant bits; sums stay."""
+    matmul = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)  # torch 2.9
+    before = getattr(matmul, name)
+    setattr(matmul, name, value if allowed else before)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 def mixed(p: Tensor, values: Tensor) -> Tensor:

@@ -210,6 +210,18 @@ def test_same_bytes_counts_heads_that_fell_back(small: Callable) -> None:
     assert not {"fallbacks", "heads"} & set(evicted.value.extra)
 
 
+def test_same_bytes_of_a_method_that_reads_twice(small: Callable) -> None:
+    """Whose context is read for it, since a replay has no second reading."""
+    method = "attention_matching(queries='repeat')"
+    again, once = small(across.same_bytes, [method, "attention_matching"], 0.5, 64, 16, 2)
+    model, ids = common._loaded("x", None, None), tokens(2, 80, seed=len("code"))
+    slots = again.value.extra["slots"]
+    assert slots == once.value.extra["slots"] and again.value.value != once.value.value
+    found = kvrepro.fidelity(model, ids, "attention_matching", slots, context=64, continuation=16, queries="repeat")
+    assert again.value.value == pytest.approx(float(found.kl.mean()), rel=1e-4)
+    assert again.value.extra["nbytes"] == found.nbytes <= again.value.extra["target"]
+
+
 def test_reading_is_timed_in_turns_with_the_full_cache(small: Callable) -> None:
     records = small(across.reading_times, {"h2o": 16, "weightedkv(merge=False)": 24}, 48, 2, 3)
     found = [(r.cell.params["label"], r.cell.budget) for r in records]

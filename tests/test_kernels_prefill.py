@@ -72,7 +72,7 @@ def cast(step: Step, slots: Slots, dtype: torch.dtype) -> tuple[Step, Slots]:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the kernels take what lies on the CPU, and give them memory full of NaN to write into."""
     monkeypatch.setattr(kernels, "covers", lambda *tensors: tensors[0].dtype != torch.float64)
-    monkeypatch.setattr(attention, "_cudnn", lambda *tensors: False)
+    monkeypatch.setattr(attention, "_cudnn", lambda *tensors, causal: False)
     empty = torch.Tensor.new_empty
 
     def poisoned(self: Tensor, *shape: int, **how: Any) -> Tensor:
@@ -180,6 +180,49 @@ def test_queries_behind_all_slots_see_them_all(
     for name in ("mass", "output", "lse"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(want, name), rtol=1e-4, atol=1e-5)
     assert bool((found.lse.isinf() == (places < 0)[:, None, None]).all())
+    answers = attention.observe(step, slots, power=None)
+    assert answers.mass is None and torch.equal(answers.output, found.output) and torch.equal(answers.lse, found.lse)
+
+
+@pytest.mark.parametrize("unlike", ["", "biased", "ragged", "softcap"])
+def test_cudnn_is_asked_for_what_it_can(
+    unlike: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries see all slots by it if nothing is added to the logits, else by the kernel; either way they see the same.
+
+    What it is asked is answered here in PyTorch, a query head at a time.
+    """
+    cap = 2.0 if unlike == "softcap" else None
+    step, slots = cast(*problem(64, 2, 7, 30, cap=cap, ragged=unlike == "ragged"), torch.float32)
+    slots = dataclasses.replace(slots, dense=unlike != "biased", stats={"bias": torch.rand(2, 2, 30)})
+    places = step.query_positions.masked_fill(step.query_positions >= 0, 1000)
+    step = dataclasses.replace(step, query_positions=places, behind=True)
+    want = attention.observe(*cast(step, slots, torch.float64))
+    called = []
+
+    def cudnn(
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        bias: None,
+        lse: bool,
+        dropout: float,
+        causal: bool,
+        *,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp."""
+        called.append((bias, lse, dropout, causal))
+        logits = scale * queries @ keys.repeat_interleave(2, dim=1).mT
+        return logits.softmax(-1) @ values.repeat_interleave(2, dim=1), logits.logsumexp(-1)
+
+    request.getfixturevalue("interpreted")
+    monkeypatch.setattr(attention, "_cudnn", lambda *tensors, causal: not causal)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn, raising=False)
+    found = attention.observe(step, slots)
+    assert called == ([] if unlike else [(None, True, 0.0, False)])
+    for name in ("mass", "output", "lse"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(want, name), rtol=1e-4, atol=1e-5)
 
 
 def chosen_at(left: list[list[int]], size: int) -> Choice:

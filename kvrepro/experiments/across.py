@@ -145,7 +145,7 @@ def shared_reference(bench: Bench, text: str, context: int, continuation: int, n
 def largest_budget(
     model: PreTrainedModel, method: str, options: Mapping[str, Any], reference: evaluate.Reference, target: int
 ) -> int:
-    """The slots per head and layer that fit into a number of bytes, from what one layer holds of the context.
+    """The slots per head and layer that fit into a number of bytes, from what one layer holds of the whole context.
 
     Args:
         model: A prepared model.
@@ -158,12 +158,12 @@ def largest_budget(
         At least 1 and at most twice the context's tokens, which a pyramid's mean may exceed.
 
     Raises:
-        ValueError: Half of the context's tokens leave the method no room.
+        ValueError: As many slots as the context has tokens leave the method no room.
     """
     layers = len(reference.passes)
     note = reference.passes[layers // 2][0]
     rows, heads, context, _ = note.keys.shape
-    cache = make_cache(model, method, context // 2, **options)
+    cache = make_cache(model, method, context, **options)  # nothing has to leave, whatever that would take
     cache.plan(context)
     layer = cache.compressed[layers // 2]
     layer.update(note.keys, note.values)

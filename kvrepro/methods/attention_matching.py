@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvrepro import kernels
-from kvrepro.attention import Step, View, observe
-from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued
+from kvrepro.attention import Step, observe
+from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued, tf32
 from kvrepro.methods.base import POSITIONS, Method, option
 from kvrepro.slots import Slots, compact, protected, top, uniform
 
@@ -33,8 +32,8 @@ BASES: dict[str, dict[str, Any]] = {
 
 #: Streams of the two uniform numbers that a normal one is made of.
 _RADIUS, _ANGLE = 3, 4
-#: Shares of the mass that are held side by side where heads of several layers are fitted, 512 MiB of float32.
-_TOGETHER = 1 << 27
+#: Bytes of shares of the mass, keys and values that are held side by side where heads of several layers are fitted.
+_TOGETHER = 1 << 29
 _SIDES = ("keys", "values", "positions", "cardinality")
 
 
@@ -316,7 +315,7 @@ class AttentionMatching(Method):
         # A row of a batch that still fits stays as it is.
         cut = [mine.valid.sum(dim=2) < slots.valid.sum(dim=2) for mine, (slots, _) in zip(left, layers, strict=True)]
         asked = [step.found.asked for _, step in layers]
-        whole = [observe(its, slots) for its, (slots, _) in zip(asked, layers, strict=True)]
+        whole = [observe(its, slots, power=None) for its, (slots, _) in zip(asked, layers, strict=True)]
         outputs, masses = [its.output for its in whole], [its.lse for its in whole]
         if layers[0][1].rooms is None:
             fits = [self.fit(*each) for each in zip(left, asked, outputs, masses, strict=True)]
@@ -336,7 +335,7 @@ class AttentionMatching(Method):
         asked = self.reference(slots, step, budget)
         if self.base is not None:
             return _Seen(_spread(asked, self.fitted))
-        score = observe(with_view(asked, slots), slots, power=1 if self.keys == "mass" else 2).mass
+        score = observe(asked, slots, power=1 if self.keys == "mass" else 2).mass
         if step.queries.shape[3] > self.count:
             # What queries that are left out would find is near what those beside them do.
             sampled = _counted(asked.query_positions) < _counted(step.query_positions)
@@ -502,31 +501,20 @@ class AttentionMatching(Method):
         of all heads are copied beside them.
         """
         b, h = cut[0].shape
-        size = max(slots.size for slots in left)
-
-        def rows(parts: list[Tensor]) -> Tensor:
-            """Of `[B, H_kv, ...]` a layer: every head of every layer as a row with one head."""
-            return torch.cat([x.flatten(0, 1) for x in parts]).unsqueeze(1)
-
-        left = [slots if slots.size == size else slots.pad(size) for slots in left]
-        sides = {name: rows([getattr(slots, name) for slots in left]) for name in _SIDES}
-        stats = {name: rows([slots.stats[name] for slots in left]) for name in left[0].stats}
-        slots = Slots(**sides, stats=stats, dense=False, ragged=True)
-        queries = rows([its.queries for its in asked])
+        slots, queries, output, lse = _in_rows(left), *map(_rows, ([its.queries for its in asked], outputs, masses))
         places = torch.cat([its.query_positions.repeat_interleave(h, dim=0) for its in asked])
-        output, lse = rows(outputs), rows(masses)
-        values, bias = slots.values.clone(), torch.zeros_like(slots.stats["bias"])
-        fitted = torch.cat([x.flatten() for x in cut])
+        bias, fitted = torch.zeros_like(slots.stats["bias"]), _rows(cut)[:, 0]
         good = torch.ones_like(fitted)
-        limit = max(b * h * budget, _TOGETHER // queries[0, ..., 0].numel())
-        for heads, width in _alike((slots.valid.sum(dim=(1, 2)) * fitted).tolist(), limit):
-            index = torch.tensor(heads, device=fitted.device)
+        limit = max(b * h * budget, _TOGETHER // _bytes_of_shares(asked[0]))
+        count, order = (slots.valid.sum(dim=(1, 2)) * fitted).sort(stable=True)
+        for heads, width in _alike(count.tolist(), limit):
+            index = order[heads]
             part = slots.map(lambda x: x[index][:, :, -width:])  # noqa: B023
             step = dataclasses.replace(asked[0], queries=queries[index], query_positions=places[index])
             found = self.fit(part, step, output[index], lse[index])
-            values[index, :, -width:], bias[index, :, -width:], good[index] = *found[:2], found[2].squeeze(1)
-        split = [x.view(len(left), b, h, *x.shape[2:]).unbind(0) for x in (values, bias)]
-        return list(zip(*split, good.view(len(left), b, h).unbind(0), strict=True))
+            slots.values[index, :, -width:], bias[index, :, -width:], good[index] = *found[:2], found[2].squeeze(1)
+        split = [x.view(-1, b, h, *x.shape[2:]).unbind(0) for x in (slots.values, bias)]
+        return list(zip(*split, good.view(-1, b, h).unbind(0), strict=True))
 
     def fit(self, left: Slots, asked: Step, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the kept slots should have.
@@ -544,15 +532,19 @@ class AttentionMatching(Method):
         """
         share = _shares(asked, lse, left)
         weights = best_weights(share, self.rounds)
-        judge = slice(share.shape[3] // 2, None)
-        before = _squared(mixed(_normalised(share[:, :, :, judge]), left.values) - output[:, :, :, judge])
-        p = _normalised(share.mul_(weights[:, :, None, None]))
-        # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
-        loose = 1 - p.amax(dim=(2, 3))  # [B, H, S]
-        rest = output - mixed(p, left.values)
-        ridges = [self.ridge * factor for factor in (1, 10, 100)]
+        judge, tiny = slice(share.shape[3] // 2, None), torch.finfo(share.dtype).tiny
+        totals = (weights.unsqueeze(2) @ share.flatten(2, 3).mT).view(*share.shape[:4], 1)
         filled = left.valid.sum(dim=2) if left.ragged else None
-        found = fit_values(p.mul_(loose[:, :, None, None]), rest, None, ridges, filled=filled)
+        ridges = [self.ridge * factor for factor in (1, 10, 100)]
+        # Rounding changes P'P by less than the ridge does; outputs in bfloat16 were rounded four times as coarsely.
+        with tf32(self.ridge >= 0.01):
+            held, wanted = share[:, :, :, judge], output[:, :, :, judge]
+            before = _squared(mixed(held, left.values) / held.sum(-1, keepdim=True).clamp_min(tiny) - wanted)
+            p = share.div_(totals.clamp_min(tiny))  # attention is weights * p
+            # What a query looks at alone should answer it as it is: a slot moves the less, the higher its peak.
+            loose = 1 - weights * p.amax(dim=(2, 3))  # [B, H, S]
+            rest = output - mixed(p, weights[..., None] * left.values)
+            found = fit_values(p.mul_((weights * loose)[:, :, None, None]), rest, None, ridges, filled=filled)
         values = (left.values + loose[..., None] * found.values).to(left.values.dtype)
         bias = weights.log().to(left.stats["bias"].dtype)
         sound = values.isfinite().all(-1).all(-1) & bias.isfinite().all(-1)
@@ -585,6 +577,8 @@ class _Peers:
     def __init__(self, method: AttentionMatching, budget: int, layers: list[tuple[Slots, Step]]) -> None:
         """Layers in turn, all their slots and what was seen of them, with the `rooms` that they were given."""
         self._method, self._budget = method, budget
+        device = layers[0][1].rooms.device
+        self._most = int(torch.stack([step.rooms.to(device) for _, step in layers]).max())  # slots that a head may have
         self._waiting = {step.layer: (slots, step) for slots, step in layers}
         self._done: dict[int, Slots] = {}
 
@@ -593,7 +587,9 @@ class _Peers:
         if layer not in self._done:
             slots, step = self._waiting[layer]
             alike = [i for i, other in self._waiting.items() if _can_join((slots, step), other)]
-            each = step.rooms.numel() * self._budget * step.found.asked.queries[0, 0, ..., 0].numel()
+            side = sum(x.shape[3] * x.element_size() for x in (slots.keys, slots.values))
+            copies = 2 * self._most * side  # of all heads, and of those that are fitted
+            each = step.rooms.numel() * (self._budget * _bytes_of_shares(step.found.asked) + copies)
             now = alike[alike.index(layer) :][: max(1, _TOGETHER // each)]
             layers = [self._waiting.pop(i) for i in now]
             self._done.update(zip(now, self._method._compressed(layers, self._budget), strict=True))
@@ -622,28 +618,6 @@ def _with_fit(left: Slots, cut: Tensor, found: tuple[Tensor, Tensor, Tensor]) ->
     )
 
 
-def with_view(asked: Step, slots: Slots) -> Step:
-    """A step whose queries see all slots, with what they see by cuDNN's attention where that can be used.
-
-    Where it cannot, `observe` takes our kernel, or PyTorch.
-    """
-    b, h, g, m, d = asked.queries.shape
-    queries = asked.queries.reshape(b, h * g, m, d)
-    if not kernels.covers(queries, slots.keys, slots.values) or asked.is_biased(slots) or asked.softcap is not None:
-        return asked
-    keys = asked.read_keys(slots)
-    wanted = torch.backends.cuda.SDPAParams(queries, keys, slots.values, None, 0.0, False, True)
-    if not torch.backends.cuda.can_use_cudnn_attention(wanted):
-        return asked
-    output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        queries, keys, slots.values, None, True, scale=asked.scale
-    )[:2]
-    seen = View(
-        queries, keys, slots.values, None, output, lse.view(b, h * g, m), asked.scale, None, slots.keys, slots.size
-    )
-    return dataclasses.replace(asked, view=seen)
-
-
 def _smoothed(score: Tensor, slots: Slots) -> Tensor:
     """The mean of a score `[B, H_kv, S]` over a slot and those of the tokens before and after its own."""
     token = torch.where(slots.valid, slots.positions, -2)
@@ -665,25 +639,46 @@ def _by_token(score: Tensor, slots: Slots) -> Tensor:
     return torch.empty_like(mean).scatter_(1, order, mean).view_as(slots.positions)
 
 
-def _alike(counts: list[int], limit: int) -> list[tuple[list[int], int]]:
-    """Groups of heads, given their numbers of slots, and the most that one of a group has; heads without are left out.
+def _rows(parts: list[Tensor]) -> Tensor:
+    """Of `[B, H_kv, ...]` a layer: every head of every layer as a row with one head."""
+    return torch.cat([x.flatten(0, 1) for x in parts]).unsqueeze(1)
+
+
+def _in_rows(layers: list[Slots]) -> Slots:
+    """Every head of every layer as a row with one head, as wide as the widest layer: a copy."""
+    size = max(slots.size for slots in layers)
+    layers = [slots if slots.size == size else slots.pad(size) for slots in layers]
+    sides = {name: _rows([getattr(slots, name) for slots in layers]) for name in _SIDES}
+    stats = {name: _rows([slots.stats[name] for slots in layers]) for name in layers[0].stats}
+    return Slots(**sides, stats=stats, dense=False, ragged=True)
+
+
+def _bytes_of_shares(asked: Step) -> int:
+    """Bytes that a slot's shares take, those of all reference queries of a head."""
+    wide = torch.promote_types(asked.queries.dtype, torch.float32)
+    return asked.queries[0, 0, ..., 0].numel() * wide.itemsize
+
+
+def _alike(counts: list[int], limit: int) -> list[tuple[slice, int]]:
+    """Groups of heads, given their numbers of slots in ascending order, and the most that one of a group has.
 
     In a group nobody has twice as many as another, and heads times most is at most `limit`, if that leaves one head.
+    Heads without slots are left out.
     """
-    groups: list[tuple[list[int], int]] = []
-    least = 0
-    for head in sorted((i for i, count in enumerate(counts) if count), key=counts.__getitem__):
-        count = counts[head]
-        if not groups or count >= 2 * least or (len(groups[-1][0]) + 1) * count > limit:
-            groups.append(([], 0))
-            least = count
-        groups[-1] = ([*groups[-1][0], head], count)
+    groups: list[tuple[slice, int]] = []
+    start = counts.count(0)
+    for end in range(start + 1, len(counts) + 1):
+        last = end == len(counts)
+        if last or counts[end] >= 2 * counts[start] or (end + 1 - start) * counts[end] > limit:
+            groups.append((slice(start, end), counts[end - 1]))
+            start = end
     return groups
 
 
 def _shares(asked: Step, lse: Tensor, slots: Slots) -> Tensor:
     """`[B, H_kv, G, m, S]`: each slot's share of the whole mass that the reference queries see."""
-    parts = [found.sub_(lse[:, :, :, part, None]).exp_() for part, found in asked.logits(slots)]
+    with tf32(slots.keys.element_size() == 2):  # which numbers of 16 bits pass unrounded
+        parts = [found.sub_(lse[:, :, :, part, None]).exp_() for part, found in asked.logits(slots)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
@@ -759,11 +754,6 @@ def _turned(step: Step, queries: Tensor, shift: Tensor) -> Tensor:
     """Queries `[B, H_kv, G, m, d]` moved by `shift` positions `[B, m]`."""
     flat = queries.flatten(1, 2)
     return step.rotation.rotate(flat, shift[:, None].expand(flat.shape[:3]).contiguous()).view(queries.shape)
-
-
-def _normalised(share: Tensor) -> Tensor:
-    """Shares of the whole mass `[..., S]` as attention: rows sum to 1, those of zeros stay."""
-    return share / share.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
 
 
 def _squared(error: Tensor) -> Tensor:
