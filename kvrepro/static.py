@@ -4,7 +4,7 @@ While decoding, one token comes and one slot goes. The storage has one slot more
 written into the free one, the queries attend to all, and the slot that leaves becomes the free one. Slots are in no
 order; each one's `place` says where it stands in time. No shape depends on the data and nothing is allocated anew, so
 that a whole decoding step can be captured in a CUDA graph. With the rule "none" no slot leaves: tokens are appended
-until the storage is full, and whoever made it takes the slots out (`thaw`, or `full` where every head's region is full),
+until the storage is full, and whoever made it takes the slots out (`thaw`, or `full` where every region is full),
 compresses, and puts them back (`refill`).
 
 Where heads may hold different numbers of slots, their storage lies one head behind the other, each as long as it needs
