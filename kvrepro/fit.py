@@ -51,12 +51,14 @@ class ValueFit:
 
 
 @contextmanager
-def tf32(allowed: bool = True) -> Iterator[None]:
-    """Inside, if allowed, a GPU may round the float32 matrices that it multiplies to 11 significant bits; sums stay."""
+def tf32(on: bool) -> Iterator[None]:
+    """Inside, a GPU rounds the float32 matrices that it multiplies to 11 significant bits, or does not; sums stay."""
     matmul = torch.backends.cuda.matmul
-    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)  # torch 2.9
+    name, values = "fp32_precision", ("ieee", "tf32")
+    if not hasattr(matmul, name):  # before torch 2.9
+        name, values = "allow_tf32", (False, True)
     before = getattr(matmul, name)
-    setattr(matmul, name, value if allowed else before)
+    setattr(matmul, name, values[on])
     try:
         yield
     finally:
@@ -163,7 +165,9 @@ def _dual(p: Tensor, rest: Tensor, ridges: Sequence[float], columns: int | Tenso
         return (found * (found - 2 * wanted)).sum((-2, -1))
 
     ridge, gain = _chosen(missed, ridges, first)
-    return rows.mT @ ridge_solution(products, rest, ridge, columns).to(p.dtype), gain
+    found = ridge_solution(products, rest, ridge, columns).to(p.dtype)
+    with tf32(False):  # where queries attend alike, what they add up to is far smaller than each
+        return rows.mT @ found, gain
 
 
 def _chosen(missed: Callable[[Tensor], Tensor], ridges: Sequence[float], gram: Tensor) -> tuple[Tensor, Tensor]:
