@@ -51,12 +51,14 @@ class ValueFit:
 
 
 @contextmanager
-def tf32(allowed: bool = True) -> Iterator[None]:
-    """Inside, if allowed, a GPU may round the float32 matrices that it multiplies to 11 significant bits; sums stay."""
+def tf32(on: bool) -> Iterator[None]:
+    """Inside, a GPU rounds the float32 matrices that it multiplies to 11 significant bits, or does not; sums stay."""
     matmul = torch.backends.cuda.matmul
-    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)  # torch 2.9
+    name, values = "fp32_precision", ("ieee", "tf32")
+    if not hasattr(matmul, name):  # before torch 2.9
+        name, values = "allow_tf32", (False, True)
     before = getattr(matmul, name)
-    setattr(matmul, name, value if allowed else before)
+    setattr(matmul, name, values[on])
     try:
         yield
     finally:
@@ -163,7 +165,9 @@ def _dual(p: Tensor, rest: Tensor, ridges: Sequence[float], columns: int | Tenso
         return (found * (found - 2 * wanted)).sum((-2, -1))
 
     ridge, gain = _chosen(missed, ridges, first)
-    return rows.mT @ ridge_solution(products, rest, ridge, columns).to(p.dtype), gain
+    found = ridge_solution(products, rest, ridge, columns).to(p.dtype)
+    with tf32(False):  # where queries attend alike, what they add up to is far smaller than each
+        return rows.mT @ found, gain
 
 
 def _chosen(missed: Callable[[Tensor], Tensor], ridges: Sequence[float], gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +206,8 @@ def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = Non
 
     Non-negative least squares by accelerated projected gradient from w = 1, which stops at the round whose result for
     the first half of the queries is best on the second half: carried to its end it gives most slots no weight (ours).
-    Round 0, the weights as they are, is one of those to choose from. It runs in the type of ``share``.
+    Round 0, the weights as they are, is one of those to choose from. It runs in the type of ``share``; on a GPU without
+    M'M, products of float32 are rounded to bfloat16.
 
     Args:
         share: ``[B, H_kv, G, m, S]``, e^logit of each slot over the sum of the whole cache's; a row of zeros counts
@@ -281,12 +286,18 @@ class _Masses:
         moment = self.rows.sum(2)
         if self.gram is not None:
             return descent(self.gram, moment, rounds)
-        return _descend(self.product, torch.linalg.vector_norm(self.rows, dim=2).square(), moment, rounds)
+        return _descend(self.coarse().product, torch.linalg.vector_norm(self.rows, dim=2).square(), moment, rounds)
+
+    def coarse(self) -> _Masses:
+        """On a GPU with M in bfloat16: its products take as long as reading M. Which round is best, M itself says."""
+        halved = self.rows.is_cuda and self.rows.dtype == torch.float32
+        return _Masses(self.rows.bfloat16(), None) if halved else self
 
     def product(self, w: Tensor) -> Tensor:
         """``[B, H, S]``: M'M w."""
-        line = w.unsqueeze(-2)  # a line times a matrix is several times as fast on a CPU as a matrix times a column
-        return (line @ self.rows.mT @ self.rows if self.gram is None else line @ self.gram).squeeze(-2)
+        # A line times a matrix is several times as fast on a CPU as a matrix times a column.
+        line = w.unsqueeze(-2).to(self.rows.dtype)
+        return (line @ self.rows.mT @ self.rows if self.gram is None else line @ self.gram).squeeze(-2).to(w.dtype)
 
 
 def descent(gram: Tensor, moment: Tensor, rounds: int) -> Tensor:

@@ -537,8 +537,8 @@ class AttentionMatching(Method):
         totals = (weights.unsqueeze(2) @ share.flatten(2, 3).mT).view(*share.shape[:4], 1)
         filled = left.valid.sum(dim=2) if left.ragged else None
         ridges = [self.ridge * factor for factor in (1, 10, 100)]
-        # Rounding changes P'P by less than the ridge does; outputs in bfloat16 were rounded four times as coarsely.
-        with tf32(self.ridge >= 0.01):
+        # The ridge is above what rounding changes in PP', and outputs of 16 bits were rounded as much or more.
+        with tf32(self.ridge >= 0.01 and left.values.element_size() == 2):
             held, wanted = share[:, :, :, judge], output[:, :, :, judge]
             before = _squared(mixed(held, left.values) / held.sum(-1, keepdim=True).clamp_min(tiny) - wanted)
             p = share.div_(totals.clamp_min(tiny))  # attention is weights * p
