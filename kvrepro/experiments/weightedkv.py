@@ -329,11 +329,15 @@ class Reading:
     batch_size: int | None
     starts_of: int
 
+    def shared(self, cell: Cell) -> tuple[int, str, int | None, tuple[tuple[str, object], ...], int]:
+        """The reading that serves a cell (:func:`_nll`): those that have it in common are best measured together."""
+        options = tuple(sorted(cell.options.items()))
+        length = _size(cell) if cell.method == "full" else self.longest
+        return length, cell.method, cell.budget, options, cell.params["chunk"]
+
     def nll(self, cell: Cell, length: int) -> Tensor:
         """``[n, length - 1]`` float64: negative log-likelihoods of all tokens but the first of the cell's windows."""
-        options = tuple(sorted(cell.options.items()))
-        whole = length if cell.method == "full" else self.longest
-        found = _nll(self, whole, cell.method, cell.budget, options, cell.params["chunk"])
+        found = _nll(self, *self.shared(cell))
         rows = slice(self.texts.index(cell.data) * self.n, (self.texts.index(cell.data) + 1) * self.n)
         return found[rows, : length - 1].double()
 
@@ -369,7 +373,7 @@ def _perplexity(plan: Reading, cell: Cell) -> Value:
     Raises:
         Skip: the full cache does not fit into the model's context.
     """
-    size = cell.params.get("window") or cell.params["piece"]
+    size = _size(cell)
     if cell.method == "full":
         _check_context(plan.bench.load()[0], cell, size)
     scored = cell.params.get("stride", size - 1)
@@ -377,6 +381,11 @@ def _perplexity(plan: Reading, cell: Cell) -> Value:
     mean = float(nll.mean().exp())
     error = mean * float(nll.std()) / plan.n**0.5 if plan.n > 1 else None
     return Value(mean, error, plan.n, {"nll": nll})
+
+
+def _size(cell: Cell) -> int:
+    """Tokens of a cell's windows, pieces or passages."""
+    return next(cell.params[name] for name in ("window", "piece", "length") if name in cell.params)
 
 
 def _check_context(model: PreTrainedModel, cell: Cell, length: int) -> None:
