@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?=
 JOBS ?=
+WORKERS ?=
 NB ?=
 TO ?=
 P ?=
@@ -33,13 +34,15 @@ help: ## this list
 	@echo
 	@echo "  make book PROFILE=smoke|quick|gpu|paper     default: quick, or gpu where CUDA is found"
 	@echo "  make book JOBS=1                            notebooks that run at a time; default: one a core, at most 4"
+	@echo "  make book WORKERS=5                         processes that measure cells side by side, also on one GPU"
 	@echo '  make notebook NB=weightedkv/perplexity P="budget=128 window=2048"'
 	@echo '  make test T="tests/test_book.py -k stamp"   arguments for pytest'
 	@echo '  make bench B="--piece prefill,decode"       python -m benchmarks --help lists the choices'
 	@echo "  PYTHON=python3.12 make book                 another interpreter; VENV=folder for another environment"
 
 book: $(FETCHED) ## environment, embedded model, experiments, pages; prints the page to open
-	@$(KVREPRO) build $(if $(PROFILE),--profile "$(PROFILE)") $(if $(JOBS),--jobs "$(JOBS)")
+	@$(KVREPRO) build $(if $(PROFILE),--profile "$(PROFILE)") $(if $(JOBS),--jobs "$(JOBS)") \
+		$(if $(WORKERS),--workers "$(WORKERS)")
 
 notebook: $(FETCHED) ## run one notebook (NB) with new parameters (P)
 	@test -n "$(NB)" || { echo 'say which notebook: make notebook NB=weightedkv/perplexity P="budget=128"'; exit 2; }

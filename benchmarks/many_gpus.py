@@ -1,26 +1,25 @@
 """How many cells an hour one GPU measures, and all of this machine's, by the workers of a Dask cluster.
 
 Run from the repository's root: ``python -m benchmarks.many_gpus``, with the numbers of workers to compare if not 1 and
-all (``python -m benchmarks.many_gpus 1 2 4``). A scheduler and a worker a GPU are started on this machine, and measure
-the same cells each time, into stores that are thrown away. Before anything is timed one worker measures them all once:
-kernels are compiled for sizes that a cell has, and are kept on disk. Then every worker loads the model and the text.
+all (``python -m benchmarks.many_gpus 1 2 4``). Workers are started on this machine, one a GPU, and measure the same
+cells each time, into stores that are thrown away. Before anything is timed one worker measures them all once: kernels
+are compiled for sizes that a cell has, and are kept on disk. Then every worker loads the model and the text.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import torch
 
 from kvrepro import executors
+from kvrepro.book.workers import working
 from kvrepro.experiments import across
 from kvrepro.records import Record
 
@@ -48,7 +47,7 @@ def main(counts: Sequence[int], device: str, passages: int, cells: int) -> None:
 
 def hourly(count: int, device: str, passages: int, cells: int) -> float:
     """Cells an hour with so many workers."""
-    with cluster(count) as name:
+    with working(count, Path.cwd()) as name:
         os.environ[executors.VARIABLE] = name
         swept(METHODS[:1], [0.9 - 0.01 * i for i in range(4 * count)], device, passages)
         start = time.perf_counter()
@@ -66,35 +65,6 @@ def swept(methods: list[str], shares: list[float], device: str, passages: int) -
     if wrong := [r for r in found if r.status != "ok"]:
         sys.exit(f"{len(wrong)} cells have no value, the first because of: {wrong[0].reason}")
     return found
-
-
-@contextmanager
-def cluster(count: int) -> Iterator[str]:
-    """A scheduler and so many workers, the executor's name; they end with the block."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "scheduler.json"
-        running = [started("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))]
-        try:
-            how = ("--nthreads", "1", "--resources", "GPU=1", "--memory-limit", "0", "--local-directory", folder)
-            for gpu in range(count):
-                running.append(started("worker", "--scheduler-file", str(file), *how, CUDA_VISIBLE_DEVICES=str(gpu)))
-            from distributed import Client
-
-            with Client(scheduler_file=str(file), timeout=60, set_as_default=False) as client:
-                client.wait_for_workers(count, timeout=120)
-                yield client.scheduler.address.replace("tcp://", "dask://")
-        finally:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.wait(30)
-
-
-def started(program: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-    """A Dask program with this repository on its path; it prints nothing unless it fails."""
-    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "distributed.cli.dask_" + program, *words]
-    return subprocess.Popen(command, env=os.environ | environment | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -127,15 +127,24 @@ def run_command(notebook: str, parameters: tuple[str, ...], profile: str | None,
     "--jobs",
     type=click.IntRange(min=1),
     help="Notebooks that run at a time; those that measure times run alone.  [default: one a core, at most 4; 1 with a "
-    "GPU or a cluster]",
+    "GPU or a cluster, 3 with workers]",
+)
+@click.option(
+    "-w",
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes on this machine that measure the notebooks' cells, several on one GPU; times are measured without "
+    "them.  [default: none, each notebook measures its own]",
 )
 @executor_option
-def build_command(profile: str | None, notebooks: tuple[str, ...], force: bool, site: bool, jobs: int | None) -> None:
+def build_command(
+    profile: str | None, notebooks: tuple[str, ...], force: bool, site: bool, jobs: int | None, workers: int | None
+) -> None:
     """Make the book: run the notebooks that need it, then build the pages."""
     project = Project.find()
     with _extra("book"):
         from kvrepro.book.build import build  # slow to import
-    report = build(project, profile, notebooks, force=force, site=site, jobs=jobs)
+    report = build(project, profile, notebooks, force=force, site=site, jobs=jobs, workers=workers)
     what = "the notebooks" if not site else "the book"
     if not report.ran and not report.built:
         click.echo(f"{what} ({report.profile}): up to date")

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -171,6 +172,7 @@ class _Sweep:
         self._waiting = _Waiting(jobs)
         self._running: dict[Future, tuple[str, Job]] = {}  # with the worker
         self._lost: Counter[str] = Counter()  # workers, by the key of what they measured
+        self._name = uuid.uuid4().hex[:8]  # another client may have the same cell measured: each has a task of its own
         self._show, self._shown = show, ""
 
     def records(self) -> Iterator[Record]:
@@ -216,15 +218,18 @@ class _Sweep:
             yield _given_up(job)
 
     def _hand_out(self, workers: dict[str, Any]) -> None:
-        """Give every idle worker its next cell, and show what runs."""
+        """Give every idle worker its next cell, and show what runs. One at another client's cell is not idle."""
         busy = {worker for worker, _ in self._running.values()}
+        if self._waiting:
+            there = self._client.sync(self._client.scheduler.processing)
+            busy.update(worker for worker, tasks in there.items() if tasks)
         for worker, about in workers.items():
             if self._waiting and worker not in busy and about["status"] == "running":
                 job = self._waiting.take(worker)
                 self._running[self._submit(worker, job)] = (worker, job)
         labels = [job.cell.label() for _, job in self._running.values()]
         more = f", and {len(labels) - 1} more" if labels[1:] else ""
-        missing = "waiting for a worker" + (" with --resources GPU=1" if self._resources else "")
+        missing = "waiting for a worker" + (" with --resources GPU=1" if self._resources and not workers else "")
         text = f"{labels[0]}{more}" if labels else missing
         if text != self._shown:
             self._show(text)
@@ -234,7 +239,7 @@ class _Sweep:
         return self._client.submit(
             _measure,
             _Order.of(job),
-            key=f"{job.cell.paper}/{job.cell.experiment}-{job.key[:16]}-{self._lost[job.key]}",
+            key=f"{job.cell.paper}/{job.cell.experiment}-{job.key[:16]}-{self._name}-{self._lost[job.key]}",
             workers=[worker],
             resources=self._resources,
             pure=False,

@@ -175,6 +175,17 @@ class TestRunAndBuild:
         code, _, err = kv("run", "demo/sizes", "--executor", "dask://127.0.0.1:1")
         assert code == 1 and "no Dask scheduler answers at tcp://127.0.0.1:1" in err and "[1/1]" not in err
 
+    def test_workers(self, kv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert kv("build", "--workers", "0")[0] == 2
+        code, _, err = kv("build", "--workers", "2", "--executor", "dask://host:1")
+        assert code == 2 and "KVREPRO_EXECUTOR is 'dask://host:1', and 2 workers are asked for" in err
+        monkeypatch.setenv("KVREPRO_EXECUTOR", "stored")
+        assert kv("build", "--workers", "2")[0] == 2
+        monkeypatch.setenv("KVREPRO_EXECUTOR", "local")
+        monkeypatch.setitem(sys.modules, "distributed", None)
+        code, _, err = kv("build", "--workers", "2")
+        assert code == 1 and "pip install 'kvrepro[dask]'" in err and len(err.splitlines()) == 1
+
     def test_no_checkout(self, kv: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("KVREPRO_ROOT", str(tmp_path))
         code, _, err = kv("build")

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import pkgutil
+import re
 import runpy
 import signal
 import subprocess
@@ -32,7 +33,9 @@ from tiny import measure_tiny
 
 from kvrepro import executors, fingerprint, provenance, records, texts
 from kvrepro import experiments as package
+from kvrepro.book import workers
 from kvrepro.book.build import run as run_notebook
+from kvrepro.book.project import RequestError
 from kvrepro.evaluate import perplexity
 from kvrepro.executors import ExecutorError
 from kvrepro.experiments import tasks
@@ -134,6 +137,22 @@ def until(path: Path) -> Value:
     while not path.exists():
         time.sleep(0.01)
     return Value(1.0)
+
+
+def whereabouts() -> Value:
+    from distributed import get_worker
+
+    host = get_worker().address.rpartition(":")[0].removeprefix("tcp://")
+    about = {"pid": os.getpid(), "folder": os.getcwd(), "threads": os.environ["OMP_NUM_THREADS"], "host": host}
+    return Value(1.0, extra=about)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody asked about does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def tries(folder: Path) -> dict[str, int]:
@@ -481,6 +500,103 @@ def test_a_notebook_s_kernel_uses_the_workers(tmp_path: Path) -> None:
     assert record.value.value == 7.0 and record.provenance["module"] == "__main__"
     stamp = json.loads(page.with_suffix(".stamp.json").read_text())
     assert stamp["environment"]["device"].endswith("and a Dask cluster")
+
+
+def sweep_beside(folder: Path, found: list[records.Record], *runs: Callable[[], Value], **params: Any) -> None:
+    found += Store(folder).sweep(cells(*runs, **params), "title")
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_sweeps_share_the_workers_and_nothing_else(tmp_path: Path) -> None:
+    """Two clients: the second gets the workers that the first leaves idle, and the same cells are two tasks."""
+    gates = [tmp_path / name for name in ("first", "last")]
+    ours: list[records.Record] = []
+    theirs: list[records.Record] = []
+    runs = [partial(until, gate) for gate in gates]
+    one = threading.Thread(target=sweep_beside, args=(tmp_path / "ours", ours, *runs), daemon=True)
+    one.start()
+    time.sleep(3)  # both workers measure for it
+    two = threading.Thread(target=sweep_beside, args=(tmp_path / "theirs", theirs, *runs[:1]), daemon=True)
+    two.start()
+    time.sleep(1)
+    assert ours == theirs == []
+    gates[0].touch()
+    two.join(30)
+    assert [record.status for record in theirs] == ["ok"] and one.is_alive()
+    gates[1].touch()
+    one.join(30)
+    assert [record.status for record in ours] == ["ok", "ok"]
+    assert theirs[0].key == ours[0].key
+
+
+# --- workers that a build starts for itself
+
+
+def test_workers_of_a_build_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, log = tmp_path / "folder", tmp_path / "workers.log"
+    folder.mkdir()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    before = dict(os.environ)
+    with workers.working(1, folder, log) as name:
+        assert dict(os.environ) == before  # or kernels would run on one thread
+        monkeypatch.setenv(executors.VARIABLE, name)
+        found = Store(tmp_path / "records").sweep(cells(whereabouts, whereabouts, whereabouts), "title")
+        assert re.fullmatch(r"dask://127\.0\.0\.1:\d+", name)
+    assert {(r.value.extra["folder"], r.value.extra["threads"]) for r in found} == {(str(folder), "6")}
+    assert {r.value.extra["host"] for r in found} == {"127.0.0.1"}
+    assert not any(alive(pid(record)) for record in found)
+    assert "Start worker at" in log.read_text()
+    with pytest.raises(ExecutorError, match="no Dask scheduler answers"):
+        monkeypatch.setattr(executors, "_CONNECT_S", 1)
+        executors.check()
+
+
+def test_workers_are_killed_at_what_they_do_after_an_interrupt(tmp_path: Path) -> None:
+    started: list[int] = []
+    with (
+        pytest.raises(KeyboardInterrupt),
+        workers.working(2, tmp_path) as name,
+        Client(name.replace("dask://", "tcp://"), set_as_default=False) as client,
+    ):
+        started += client.run(os.getpid).values()
+        fire_and_forget(client.submit(time.sleep, 600))
+        time.sleep(0.5)
+        before = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - before < 5  # asked nicely, it would be waited for
+    assert len(started) == 2 and not any(map(alive, started))
+
+
+def test_workers_that_do_not_start_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no')"])
+    log = tmp_path / "workers.log"
+    with (
+        pytest.raises(ExecutorError, match=f"0 of 2 workers started; {log} says more"),
+        workers.working(2, tmp_path, log),
+    ):
+        pass
+    assert log.read_text() == "no\nno\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "found", "seen"),
+    [(None, 0, []), (None, 1, []), (None, 2, ["0", "1", "0"]), ("5,7", 2, ["5", "7", "5"])],
+)
+def test_workers_take_turns_with_the_gpus(
+    visible: str | None, found: int, seen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    environments = list(workers._environments(3))
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments if "CUDA_VISIBLE_DEVICES" in each] == seen
+
+
+def test_fewer_than_one_worker_is_refused() -> None:
+    with pytest.raises(RequestError, match="0 workers measure nothing"):
+        workers.check(0)
+    workers.check(1)
 
 
 # --- the last test: it takes the workers down

@@ -7,7 +7,7 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,12 @@ class TestDefault:
         monkeypatch.setenv(executors.VARIABLE, "dask://localhost:8786")
         assert default_jobs() == 1
 
+    @pytest.mark.parametrize(("gib", "workers", "jobs"), [(64, 5, 3), (20, 5, 1), (8, 1, 1), (11, 1, 2)])
+    def test_three_beside_workers_whose_memory_counts(self, gib: float, workers: int, jobs: int) -> None:
+        self.resources(cores=1, gib=gib)
+        self.set(torch.cuda, "is_available", lambda: True)
+        assert default_jobs(workers) == jobs
+
     @pytest.mark.parametrize(("cores", "jobs", "threads"), [(8, 1, None), (8, 2, 4), (8, 3, 2), (2, 2, 1), (2, 4, 1)])
     def test_threads_share_the_cores(self, cores: int, jobs: int, threads: int | None) -> None:
         self.resources(cores, 64)
@@ -83,6 +89,16 @@ class TestPlan:
     def test_one_at_a_time_keeps_the_order(self) -> None:
         names = ["timed", "a", "both", "b"]
         assert plan(listed(*names), self.SECONDS, 1) == [Round([*map(Run, names)], 1)]
+
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_workers_are_gone_when_times_are_measured(self, jobs: int) -> None:
+        rounds = plan(listed("timed", "a", "b", "both"), self.SECONDS, jobs, workers=5)
+        first = [Run("b"), Run("both", times=False), Run("a")]
+        assert rounds == [Round(first, jobs, workers=5), Round([Run("timed"), Run("both")], 1)]
+        assert plan(listed("both"), {}, jobs, workers=5) == [Round([Run("both", False)], 1, 5), Round([Run("both")], 1)]
+        assert plan(listed("timed"), {}, jobs, workers=5) == [Round([Run("timed")], 1)]
+        assert plan(listed("a"), {}, jobs, workers=5) == [Round([Run("a")], 1, 5)]
+        assert plan([], {}, jobs, workers=5) == []
 
     def test_no_more_at_a_time_than_there_are(self) -> None:
         assert plan(listed("timed", "a"), self.SECONDS, 4) == [Round([Run("timed"), Run("a")], 1)]
@@ -288,8 +304,29 @@ class TestBuild:
         assert sorted(stub.begun[:2]) == stub.begun[2:] == ["demo/timed", "demo/timed_too"]
         assert (report.ran, report.failed) == (["demo/timed", "demo/timed_too"], {})
 
+    def test_workers_measure_while_nothing_is_timed(self, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[str | None] = []
+
+        @contextmanager
+        def working(count: int, folder: Path, log: Path) -> Iterator[str]:
+            asked.append(f"{count} in {folder.name}")
+            yield "dask://127.0.0.1:1"
+            asked.append("gone")
+
+        def inside(name: str, kernels: object) -> str:
+            asked.append(os.environ.get(executors.VARIABLE))
+            return ""
+
+        monkeypatch.setattr(building.crew, "working", working)
+        self.stubbed(monkeypatch, Stub(), inside)
+        report = building.build(project, "quick", ["demo/timed", "demo/a", "demo/b"], jobs=1, workers=2, site=False)
+        assert report.failed == {}
+        assert asked == ["2 in project", "dask://127.0.0.1:1", "dask://127.0.0.1:1", "gone", None]
+        asked.clear()
+        assert building.build(project, "quick", ["demo/a"], workers=2, site=False).ran == asked == []
+
     def test_the_default_follows_the_machine(self, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(building, "default_jobs", lambda: 1)
+        monkeypatch.setattr(building, "default_jobs", lambda workers: 1)
         stub = Stub()
         self.stubbed(monkeypatch, stub)
         building.build(project, "quick", site=False)

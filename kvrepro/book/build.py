@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -18,8 +18,9 @@ from typing import Any
 import nbformat
 
 from kvrepro import executors
+from kvrepro.book import workers as crew
 from kvrepro.book.checks import check_profile_runs, default_profile
-from kvrepro.book.execute import Kernels, Outcome, downloads, execute
+from kvrepro.book.execute import Kernels, Outcome, downloads, environment, execute
 from kvrepro.book.files import locked, write_text
 from kvrepro.book.parameters import check, defaults
 from kvrepro.book.progress import Reporter, duration
@@ -79,6 +80,7 @@ def build(
     force: bool = False,
     site: bool = True,
     jobs: int | None = None,
+    workers: int | None = None,
 ) -> Report:
     """Run the notebooks whose pages no longer hold, then build the pages when something they show changed.
 
@@ -90,16 +92,21 @@ def build(
         site: build the pages afterwards.
         jobs: notebooks that run at a time, each in a process of its own; by default as many as this machine takes
             (:func:`kvrepro.book.schedule.default_jobs`). Those whose times others would disturb run alone in any case.
+        workers: processes of this machine that measure the notebooks' cells, for as long as the build runs
+            (:mod:`kvrepro.book.workers`); by default each notebook's own process does. Times are measured without them.
 
     Returns:
         What was done. Notebooks that failed are in ``failed``: their pages show how.
 
     Raises:
-        RequestError: an unknown profile, notebook or parameter; before anything runs.
+        RequestError: an unknown profile, notebook or parameter, or workers beside another executor; before anything
+            runs.
         BookError: the profile cannot run here, or the pages could not be built.
-        kvrepro.executors.ExecutorError: the cluster that was asked for does not answer.
+        kvrepro.executors.ExecutorError: the cluster that was asked for does not answer, or the workers cannot start.
         KeyboardInterrupt: stopped; what was finished is kept, and the next build goes on from there.
     """
+    if workers is not None:
+        crew.check(workers)
     profile = check_profile(profile or default_profile())
     every = project.notebooks()
     sources = Sources()
@@ -109,7 +116,7 @@ def build(
         executors.check()
         check_profile_runs(profile, [task.all_parameters() for task in tasks])
     with locked(project.work / "build.lock"), _terminable():
-        _run_all(project, tasks, profile, sources, jobs or default_jobs())
+        _run_all(project, tasks, profile, sources, jobs or default_jobs(workers or 0), workers or 0)
         missing = stage(project, every, sources)
         failed = {notebook.name: reason for notebook in every if (reason := _failure(notebook))}
         built = site and build_site(project, strict=not failed and not missing)
@@ -169,11 +176,13 @@ def _tasks(chosen: Sequence[Notebook], profile: str, sources: Sources, force: bo
     return tasks
 
 
-def _run_all(project: Project, tasks: Sequence[_Task], profile: str, sources: Sources, jobs: int = 1) -> None:
+def _run_all(
+    project: Project, tasks: Sequence[_Task], profile: str, sources: Sources, jobs: int = 1, workers: int = 0
+) -> None:
     """Run notebooks and keep what comes of each as soon as it is done."""
     by_name = {task.notebook.name: task for task in tasks}
     known = {name: seconds for name, task in by_name.items() if (seconds := task.expected(profile)) is not None}
-    rounds = plan([task.notebook for task in tasks], known, jobs)
+    rounds = plan([task.notebook for task in tasks], known, jobs, workers)
     kernels = Kernels()
 
     with Reporter(rounds, known) as reporter:
@@ -192,7 +201,16 @@ def _run_all(project: Project, tasks: Sequence[_Task], profile: str, sources: So
             reporter.say(f"      {run}: {f'FAILED after {took}: {failure}' if failure else f'done in {took}'}")
 
         for each in rounds:
-            run_together(each.runs, partial(carry_out, threads=each.threads), each.jobs, kernels.kill)
+            with _measuring(project, each.workers) if each.workers else nullcontext():
+                run_together(each.runs, partial(carry_out, threads=each.threads), each.jobs, kernels.kill)
+
+
+@contextmanager
+def _measuring(project: Project, workers: int) -> Iterator[None]:
+    """Have so many workers measure the cells of the notebooks that are run inside."""
+    log = project.work / "workers.log"
+    with crew.working(workers, project.root, log) as name, environment({executors.VARIABLE: name}):
+        yield
 
 
 def keep(notebook: Notebook, parameters: Mapping[str, Any], outcome: Outcome, profile: str, sources: Sources) -> None:

@@ -16,21 +16,28 @@ from kvrepro.book.project import Notebook
 
 #: Ours. From eight on all would wait for the longest notebook, a seventh of the work of those that run side by side.
 MOST_JOBS = 4
+#: Beside workers: one that measures, one whose last cells keep only some of them busy, one that loads or draws.
+JOBS_WITH_WORKERS = 3
 _JOB_BYTES = 3 << 30  # a kernel with the embedded model takes about half of it
 _POLL_S = 1.0  # a signal that comes just before a wait is noticed after it
 
 T = TypeVar("T")
 
 
-def default_jobs() -> int:
+def default_jobs(workers: int = 0) -> int:
     """Notebooks that run at a time unless the user says how many: one a core, as far as memory goes, 4 at most.
 
     One with a GPU or a cluster of workers, which notebooks would only take from each other. ``OMP_NUM_THREADS`` bounds
     the cores that count.
+
+    Args:
+        workers: processes on this machine that measure for the notebooks, which then need no core of their own.
     """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if workers:
+        return max(1, min(JOBS_WITH_WORKERS, memory // _JOB_BYTES - workers))
     if torch.cuda.is_available() or executors.scheduler() is not None:
         return 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(torch.get_num_threads(), MOST_JOBS, memory // _JOB_BYTES))
 
 
@@ -57,10 +64,12 @@ class Round:
     Attributes:
         runs: in the order in which they begin.
         jobs: how many at a time.
+        workers: processes that measure for them; 0 for none, as where times are measured.
     """
 
     runs: Sequence[Run]
     jobs: int
+    workers: int = 0
 
     @property
     def threads(self) -> int | None:
@@ -68,23 +77,26 @@ class Round:
         return None if self.jobs == 1 else max(1, torch.get_num_threads() // self.jobs)
 
 
-def plan(notebooks: Sequence[Notebook], seconds: Mapping[str, float], jobs: int) -> list[Round]:
+def plan(notebooks: Sequence[Notebook], seconds: Mapping[str, float], jobs: int, workers: int = 0) -> list[Round]:
     """What runs when: first what may run side by side, then, one by one, what must run alone.
 
     The longest begin first, those of unknown length before them: then the cores are busy to the end.
+    With workers what runs alone comes last in any case, and without them.
 
     Args:
         notebooks: in the order of the index, which is kept where one runs at a time.
         seconds: how long each is expected to take, by name, where that is known.
         jobs: how many may run at a time.
+        workers: processes that measure for those that may run side by side.
     """
     together = [Run(each.name, times=not each.alone) for each in notebooks if each.alone != "whole"]
     jobs = min(jobs, len(together))
-    if jobs <= 1:
+    if jobs <= 1 and not workers:
         return [Round([Run(each.name) for each in notebooks], 1)] if notebooks else []
     together.sort(key=lambda run: -seconds.get(run.notebook, float("inf")))
     after = [Run(each.name) for each in notebooks if each.alone]
-    return [Round(together, jobs), *([Round(after, 1)] if after else [])]
+    rounds = [Round(together, jobs, workers), Round(after, 1)]
+    return [each for each in rounds if each.runs]
 
 
 def time_left(running: Iterable[float], waiting: Iterable[float], jobs: int) -> float:
