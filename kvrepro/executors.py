@@ -15,7 +15,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,16 @@ class Job:
     run: Callable[[], Value]
     key: str
     code: str
+
+    @property
+    def shared(self) -> Hashable:
+        """What is worked out once for all jobs that have it in common: one worker should measure them.
+
+        The function's first argument says it where it has a method ``shared(cell)``, as
+        :class:`kvrepro.experiments.weightedkv.Reading` does; else no two jobs have anything in common.
+        """
+        first = next(iter(getattr(self.run, "args", ())), None)
+        return (first, first.shared(self.cell)) if hasattr(first, "shared") else self.key
 
 
 def scheduler(name: str | None = None) -> str | None:
@@ -138,30 +148,45 @@ def _connected(address: str) -> Iterator[Client]:
 
 
 class _Waiting:
-    """Jobs in stretches of neighbours, one stretch a worker: what neighbours share is then loaded once a worker."""
+    """Jobs in stretches of neighbours, one stretch a worker: what neighbours share is then loaded once a worker.
+
+    Those with something in common (:attr:`Job.shared`) stay together: no other worker takes what is left of them.
+    """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._free = [list(jobs)]  # stretches without a worker
         self._own: dict[str, list[Job]] = {}
+        self._last: dict[str, Job] = {}  # that a worker took
 
     def __len__(self) -> int:
         """The jobs that wait."""
         return sum(map(len, [*self._free, *self._own.values()]))
 
-    def take(self, worker: str) -> Job:
-        """The next job of a worker's stretch; then a free one's, then the second half of the longest."""
+    def take(self, worker: str) -> Job | None:
+        """The next job of a worker's stretch; then a free one's, then the second half of the longest, None for none."""
         if not self._own.get(worker):
             self._own[worker] = max(self._free, key=len, default=[])
             self._free = [stretch for stretch in self._free if stretch and stretch is not self._own[worker]]
         if not self._own[worker]:
-            longest = max(self._own.values(), key=len)
-            half = len(longest) // 2
-            self._own[worker], longest[half:] = longest[half:], []
-        return self._own[worker].pop(0)
+            owner = max(self._own, key=lambda name: len(self._own[name]) - self._cut(name))
+            stretch, cut = self._own[owner], self._cut(owner)
+            self._own[worker], stretch[cut:] = stretch[cut:], []
+        if not self._own[worker]:
+            return None
+        self._last[worker] = self._own[worker].pop(0)
+        return self._last[worker]
+
+    def _cut(self, owner: str) -> int:
+        """Where a worker's stretch can be cut: the place nearest to its middle between jobs with nothing in common."""
+        stretch = self._own[owner]
+        before = [self._last.get(owner), *stretch]
+        places = [i for i, job in enumerate(stretch) if before[i] is None or before[i].shared != job.shared]
+        return min(places, key=lambda i: abs(i - len(stretch) // 2), default=len(stretch))
 
     def leave(self, worker: str, job: Job | None = None) -> None:
         """Free the stretch of a worker that is gone, behind the job that it lost."""
         self._free.append([*([] if job is None else [job]), *self._own.pop(worker, [])])
+        self._last.pop(worker, None)
 
 
 class _Sweep:
@@ -224,8 +249,8 @@ class _Sweep:
             there = self._client.sync(self._client.scheduler.processing)
             busy.update(worker for worker, tasks in there.items() if tasks)
         for worker, about in workers.items():
-            if self._waiting and worker not in busy and about["status"] == "running":
-                job = self._waiting.take(worker)
+            idle = worker not in busy and about["status"] == "running"
+            if self._waiting and idle and (job := self._waiting.take(worker)) is not None:
                 self._running[self._submit(worker, job)] = (worker, job)
         labels = [job.cell.label() for _, job in self._running.values()]
         more = f", and {len(labels) - 1} more" if labels[1:] else ""

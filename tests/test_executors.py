@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from kvrepro.book.build import run as run_notebook
 from kvrepro.book.project import RequestError
 from kvrepro.evaluate import perplexity
 from kvrepro.executors import ExecutorError
-from kvrepro.experiments import tasks
+from kvrepro.experiments import tasks, weightedkv
+from kvrepro.experiments.common import Bench, Variant
 from kvrepro.records import Skip, Store, StoreError, Value
 
 pytestmark = pytest.mark.timeout(120)
@@ -269,32 +270,84 @@ def test_a_scheduler_that_is_not_there_or_goes(start: Start, tmp_path: Path, mon
 # --- who measures what
 
 
+@dataclass(frozen=True)
+class Numbered:
+    """Stands for a job."""
+
+    number: int
+    shared: int
+
+
+def numbered(jobs: int, together: int = 1) -> list[Numbered]:
+    """Jobs, so many neighbours of which have something in common."""
+    return [Numbered(i, i // together) for i in range(jobs)]
+
+
+def in_turns(waiting: executors._Waiting) -> dict[str, list[int]]:
+    """What three workers take, one after another."""
+    taken: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+    while waiting:
+        for worker, numbers in taken.items():
+            if (job := waiting.take(worker)) is not None:
+                numbers.append(job.number)  # type: ignore[attr-defined]
+    return taken
+
+
 @settings(max_examples=30)
-@given(jobs=st.integers(1, 40), turns=st.lists(st.integers(0, 5), max_size=80), gone=st.sets(st.integers(0, 4)))
-def test_every_job_is_handed_out_once_and_lost_ones_again(jobs: int, turns: list[int], gone: set[int]) -> None:
-    waiting, taken = executors._Waiting(list(range(jobs))), []  # type: ignore[arg-type]
-    for turn, worker in enumerate([*turns, *[9] * jobs]):
+@given(
+    jobs=st.integers(1, 40),
+    together=st.integers(1, 9),
+    turns=st.lists(st.integers(0, 5), max_size=80),
+    gone=st.sets(st.integers(0, 4)),
+)
+def test_every_job_is_handed_out_once_and_lost_ones_again(
+    jobs: int, together: int, turns: list[int], gone: set[int]
+) -> None:
+    waiting, taken = executors._Waiting(numbered(jobs, together)), []  # type: ignore[arg-type]
+    for turn, worker in enumerate(turns):
         if not waiting:
             break
         job = waiting.take(str(worker))
         if turn in gone:
             waiting.leave(str(worker), job)
-        else:
-            taken.append(job)
-    while waiting:
-        taken.append(waiting.take("last"))
-    assert sorted(taken) == list(range(jobs))
+        elif job is not None:
+            taken.append(job.number)
+    for worker in map(str, range(6)):  # each ends what only it may
+        while (job := waiting.take(worker)) is not None:
+            taken.append(job.number)
+    assert not waiting and sorted(taken) == list(range(jobs))
 
 
 def test_a_worker_measures_neighbours() -> None:
-    waiting = executors._Waiting(list(range(12)))  # type: ignore[arg-type]
-    taken: dict[str, list[int]] = {"a": [], "b": [], "c": []}
-    while waiting:
-        for worker in [each for each in taken if waiting]:
-            taken[worker].append(waiting.take(worker))  # type: ignore[arg-type]
+    taken = in_turns(executors._Waiting(numbered(12)))  # type: ignore[arg-type]
     assert sorted(sum(taken.values(), [])) == list(range(12))
     jumps = sum(b - a != 1 for each in taken.values() for a, b in zip(each, each[1:], strict=False))
     assert jumps <= 2  # in the order of the sweep, turn by turn, there would be nine
+
+
+def test_what_jobs_have_in_common_is_worked_out_once() -> None:
+    """Six readings of four cells: no worker takes a cell of a reading that another one has begun."""
+    taken = in_turns(executors._Waiting(numbered(24, together=4)))  # type: ignore[arg-type]
+    assert sorted(sum(taken.values(), [])) == list(range(24))
+    readings = [{number // 4 for number in numbers} for numbers in taken.values()]
+    assert sum(map(len, readings)) == 6 and all(readings)
+
+
+def test_cells_of_one_reading_are_served_together() -> None:
+    """Of Table I: the windows and texts of a method and budget, in pieces too; the full cache's lengths apart."""
+    bench = Bench("weightedkv", "perplexity", "smollm2-135m")
+    plan = weightedkv.Reading(replace(bench, experiment="reading"), ("code",), 1, 64, None, 64)
+
+    def job(method: str, budget: int | None, **size: int) -> executors.Job:
+        """One cell's."""
+        about = {"starts_of": 64, "chunk": 1, **size}
+        cell = bench.cell("perplexity", "", method=Variant.parse(method), data="code", budget=budget, **about)
+        return executors.Job(cell, partial(weightedkv._perplexity, plan, cell), repr(about), "")
+
+    first = job("h2o", 16, window=32)
+    assert first.shared == job("h2o", 16, window=64).shared == job("h2o", 16, piece=64).shared
+    others = [job("h2o", 24, window=32), job("tova", 16, window=32), job("full", None, window=32)]
+    assert len({first.shared, *(each.shared for each in others), job("full", None, window=64).shared}) == 5
 
 
 # --- the experiments' own cells
