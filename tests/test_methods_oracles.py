@@ -75,6 +75,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("attention_matching", {"block": 4, "positions": "cache", "ridge": 0.1, "window": 5}),
     ("attention_matching", {"count": 7, "ahead": 3, "rounds": 0, "window": 0, "newest": 1.0}),
     ("attention_matching", {"count": 11, "fitted": 4, "window": 6, "block": 3}),
+    ("attention_matching", {"count": 2, "fitted": 2, "heads": "same"}),
     ("attention_matching", {"keys": "greedy"}),
     ("attention_matching", {"keys": "greedy", "newest": 0.0, "sinks": 2, "recent": 3, "fitted": 5, "block": 4}),
     ("attention_matching", {"keys": "streaming_llm", "block": 3, "window": 3}),

@@ -156,7 +156,9 @@ class AttentionMatching(Oracle):
             outputs.append(sum(x * slot.value for x, slot in zip(masses, slots, strict=True)) / totals[-1])
             score += (np.array(masses) / totals[-1]) ** self.power
         if len(group[0]) < len(chunk.positions):  # what the others looked at is near
-            score = np.array([np.mean(score[max(0, j - 1) : j + 2]) for j in range(len(slots))])
+            at = {slot.position: x for slot, x in zip(slots, score, strict=True)}
+            beside = [[at[p] for p in range(slot.position - 1, slot.position + 2) if p in at] for slot in slots]
+            score = np.array([np.mean(near) for near in beside])
         return group, totals, outputs, score
 
     def fitted(self, head: int, slots: list[Slot], chunk: Chunk, goal: int, left: list[Slot] | None) -> list[Slot]:
