@@ -321,7 +321,7 @@ def view(step: Step, slots: Slots) -> View:
         lse = lse.view(b, h * g, n)
     else:
         output, lse = prefill.attend(queries, keys, slots.values, bias, step.scale, step.softcap, past)
-    if slots.ragged:
+    if slots.ragged or step.behind:
         lse = lse.masked_fill((step.query_positions < 0)[:, None], torch.inf)
     return View(queries, keys, slots.values, bias, output, lse, step.scale, step.softcap, slots.keys, past)
 
@@ -356,7 +356,7 @@ def observe(step: Step, slots: Slots, power: int | None = 1) -> Observation:
         seen = step.view if known else view(step, slots)
         shape = step.queries.shape[:4]
         output, lse = seen.output.reshape(*shape, -1), seen.lse.reshape(shape)
-        if slots.ragged:
+        if slots.ragged or step.behind:
             output = output.masked_fill(lse.isinf().unsqueeze(-1), 0.0)
         mass = None if power is None else seen.column_sums(power=power).sum(dim=2)
         return Observation(mass, output, lse, seen)

@@ -284,7 +284,7 @@ def _way(layer: CompressedLayer) -> type[_Held]:
 def _leaves(layer: CompressedLayer) -> int | None:
     """Slots that the layer's compressions leave (`Method.leaves`).
 
-    None without that promise, or where heads are not all as near to being full.
+    None without that promise, with empty slots, or where heads with rooms of their own are not all as near to full.
     """
     method, slots = layer.method, layer.slots
     fixed = method.bounded and _stands(method, "leaves")
@@ -292,8 +292,9 @@ def _leaves(layer: CompressedLayer) -> int | None:
     if count is None or not slots.ragged:
         return count
     held = slots.valid.sum(dim=2)
-    lacks = layer.fill(slots) - held if layer.rooms is None else layer.rooms - held
-    return count if bool((lacks == lacks.flatten()[0]).all()) else None
+    lacks = slots.size - held if layer.rooms is None else layer.rooms - held
+    expected = 0 if layer.rooms is None else lacks.flatten()[0]
+    return count if bool((lacks == expected).all()) else None
 
 
 def _most(layer: CompressedLayer) -> int:

@@ -162,6 +162,11 @@ class _Waiting:
         """The jobs that wait."""
         return sum(map(len, [*self._free, *self._own.values()]))
 
+    @property
+    def owners(self) -> set[str]:
+        """The workers that have a stretch."""
+        return set(self._own)
+
     def take(self, worker: str) -> Job | None:
         """The next job of a worker's stretch; then a free one's, then the second half of the longest, None for none."""
         if not self._own.get(worker):
@@ -233,6 +238,8 @@ class _Sweep:
             if worker not in workers:
                 self._client.cancel([future], force=True)
                 yield from self._lose(future, worker, job)
+        for worker in self._waiting.owners - workers.keys():  # gone while it measured nothing of this sweep
+            self._waiting.leave(worker)
 
     def _lose(self, future: Future, worker: str, job: Job) -> Iterator[Record]:
         del self._running[future]

@@ -201,31 +201,31 @@ def ridge_solution(gram: Tensor, moment: Tensor, ridge: Tensor, columns: int | T
     return torch.cholesky_solve(moment.expand(*factor.shape[:-1], -1), factor) * (solved / solved)
 
 
-def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = None) -> Tensor:
+def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = None, coarse: bool = False) -> Tensor:
     """Factors on the slots' weights with which they carry the whole cache's mass: ``min |M w - 1|^2`` over w >= 0.
 
     Non-negative least squares by accelerated projected gradient from w = 1, which stops at the round whose result for
     the first half of the queries is best on the second half: carried to its end it gives most slots no weight (ours).
-    Round 0, the weights as they are, is one of those to choose from. It runs in the type of ``share``; on a GPU without
-    M'M, products of float32 are rounded to bfloat16.
+    Round 0, the weights as they are, is one of those to choose from. It runs in the type of ``share``.
 
     Args:
         share: ``[B, H_kv, G, m, S]``, e^logit of each slot over the sum of the whole cache's; a row of zeros counts
             not.
         rounds: Rounds at most.
         dual: Multiply by M and M' in turn instead of by M'M; None does where there are fewer queries than slots.
+        coarse: On a GPU, products with M alone may be rounded to bfloat16; which round is best, M itself says.
 
     Returns:
         ``[B, H_kv, S]``; at least 1e-8, so that it has a logarithm.
     """
     first, second = [share[:, :, :, part].flatten(2, 3) for part in _halves(share)]
     dual = share.shape[2] * share.shape[3] < share.shape[4] if dual is None else dual
-    mine, other = (_Masses.of(rows, dual) for rows in (first, second))
+    mine, other = (_Masses.of(rows, dual, coarse) for rows in (first, second))
     path = mine.descent(rounds)  # [rounds + 1, B, H, S]
     missed = (second @ path.permute(1, 2, 3, 0) - 1).square().sum(2)  # [B, H, rounds + 1]
     enough = missed <= missed.amin(-1, keepdim=True) + MARGIN * missed[..., :1]
     chosen = enough.int().argmax(-1)[None, ..., None].expand(1, *path.shape[1:])  # the first that is as good
-    both = _Masses(share.flatten(2, 3), None if dual else mine.gram + other.gram)
+    both = _Masses(share.flatten(2, 3), None if dual else mine.gram + other.gram, coarse)
     return both.descent(rounds).gather(0, chosen)[0].clamp_min(_NOTHING)
 
 
@@ -271,27 +271,27 @@ class _Masses:
     Attributes:
         rows: ``[B, H, M, S]``, M.
         gram: ``[B, H, S, S]``, M'M, or None where it costs more than M.
+        coarse: See :func:`best_weights`.
     """
 
     rows: Tensor
     gram: Tensor | None
+    coarse: bool = False
 
     @classmethod
-    def of(cls, rows: Tensor, dual: bool) -> _Masses:
+    def of(cls, rows: Tensor, dual: bool, coarse: bool) -> _Masses:
         """The problem of ``rows``; ``dual`` does without the slots' products."""
-        return cls(rows, None if dual else rows.mT @ rows)
+        return cls(rows, None if dual else rows.mT @ rows, coarse)
 
     def descent(self, rounds: int) -> Tensor:
         """``[rounds + 1, B, H, S]``: the w after each round, see :func:`descent`."""
         moment = self.rows.sum(2)
         if self.gram is not None:
             return descent(self.gram, moment, rounds)
-        return _descend(self.coarse().product, torch.linalg.vector_norm(self.rows, dim=2).square(), moment, rounds)
-
-    def coarse(self) -> _Masses:
-        """On a GPU with M in bfloat16: its products take as long as reading M. Which round is best, M itself says."""
-        halved = self.rows.is_cuda and self.rows.dtype == torch.float32
-        return _Masses(self.rows.bfloat16(), None) if halved else self
+        # Products take as long as reading M.
+        halved = self.coarse and self.rows.is_cuda and self.rows.dtype == torch.float32
+        read = _Masses(self.rows.bfloat16(), None) if halved else self
+        return _descend(read.product, torch.linalg.vector_norm(self.rows, dim=2).square(), moment, rounds)
 
     def product(self, w: Tensor) -> Tensor:
         """``[B, H, S]``: M'M w."""

@@ -449,6 +449,20 @@ def test_empty_slots_are_compressed_on_the_host(
     assert left[0].replayed > 10 and left[0].replayed_due == 0
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("case", ["plain", "pairs", "pooled heads", "equal heads"])
+def test_padding_in_every_row_is_no_slot(case: str, rows: int, left: list[decode.Decoder]) -> None:
+    """As many empty slots in front of each row are empty all the same, when the first block is due."""
+    name, options, layers = BLOCKS[case]
+    model = kvrepro.prepare(tiny_model(layers=layers))
+    ids, mask = tokens(rows, 12, seed=4), torch.ones(rows, 12, dtype=torch.long)
+    ids[:, :3], mask[:, :3] = 0, 0
+    caches = [kvrepro.make_cache(model, name, 16, **{"block": 4, **options}) for _ in range(2)]
+    ours = kvrepro.generate(model, ids, caches[0], 30, attention_mask=mask)
+    assert torch.equal(ours, plain(model, caches[1], ids, mask, 30))
+    assert_same_cache(*caches)
+
+
 def test_layers_that_are_due_at_other_times(model: PreTrainedModel, left: list[decode.Decoder]) -> None:
     """Blocks of one and of two slots: every second step all layers are due, and that one is replayed."""
     ids, mask = padded(40, 0)

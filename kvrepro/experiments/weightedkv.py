@@ -385,7 +385,7 @@ def _perplexity(plan: Reading, cell: Cell) -> Value:
 
 def _size(cell: Cell) -> int:
     """Tokens of a cell's windows, pieces or passages."""
-    return next(cell.params[name] for name in ("window", "piece", "length") if name in cell.params)
+    return next(size for name in ("window", "piece", "length") if (size := cell.params.get(name)))
 
 
 def _check_context(model: PreTrainedModel, cell: Cell, length: int) -> None:

@@ -222,7 +222,7 @@ def _pass_on(
         near = tl.load(near_ptr + k, mask=k < number, other=0, cache_modifier=".cg")
         total += tl.sum(tl.load(mass_ptr + first + near, mask=k < number, other=0.0, cache_modifier=".cg"), 0)
     mass = tl.load(mass_ptr + first + victim, cache_modifier=".cg")
-    chance = mass / tl.maximum(total / number, 1.1754943508222875e-38)
+    chance = mass / tl.maximum(total / tl.maximum(number, 1), 1.1754943508222875e-38)
     if _uniform(seed, stream, layer, h, tl.load(pos_ptr + first + victim)) < chance:
         left = tl.load(v_ptr + (first + victim) * D + dim)
         share = (left.to(tl.float32) / targets).to(left.dtype).to(tl.float32)

@@ -77,6 +77,8 @@ class AttentionMatching(Method):
     that is an error. While decoding, and for a last chunk shorter than the window, the reference queries are the last
     `window` ones in any case.
 
+    While decoding, choosing slots by "rms" or "mass" is work that a CUDA graph can hold (`leaves`). With greedy keys,
+    another method's, or drawn queries the step that chooses runs launch by launch.
     """
 
     name: ClassVar[str] = "attention_matching"
@@ -532,13 +534,14 @@ class AttentionMatching(Method):
             error than the slots as they were.
         """
         share = _shares(asked, lse, left)
-        weights = best_weights(share, self.rounds)
+        short = left.values.element_size() == 2  # numbers of 16 bits
+        weights = best_weights(share, self.rounds, coarse=short)
         judge, tiny = slice(share.shape[3] // 2, None), torch.finfo(share.dtype).tiny
         totals = (weights.unsqueeze(2) @ share.flatten(2, 3).mT).view(*share.shape[:4], 1)
         filled = left.valid.sum(dim=2) if left.ragged else None
         ridges = [self.ridge * factor for factor in (1, 10, 100)]
         # The ridge is above what rounding changes in PP', and outputs of 16 bits were rounded as much or more.
-        with tf32(self.ridge >= 0.01 and left.values.element_size() == 2):
+        with tf32(self.ridge >= 0.01 and short):
             held, wanted = share[:, :, :, judge], output[:, :, :, judge]
             before = _squared(mixed(held, left.values) / held.sum(-1, keepdim=True).clamp_min(tiny) - wanted)
             p = share.div_(totals.clamp_min(tiny))  # attention is weights * p
