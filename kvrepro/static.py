@@ -274,26 +274,27 @@ def full(static: StaticSlots) -> Slots:
 
     They are the storage's own tensors where it is even, else a copy with a shorter region's empty slots in front.
     """
-    slot = torch.arange(static.size, device=static.first.device) - (static.size - static.regions).unsqueeze(-1)
-    row = static.first.unsqueeze(-1) + slot
-
-    def side(name: str, fill: int = 0) -> Tensor:
-        """One of the vectors, `[B, H_kv, S, ...]`."""
-        x = getattr(static, name)
-        if static.is_even:
-            return x
-        x = x[row.clamp_min(0)]
-        return x.masked_fill((slot < 0).view(*slot.shape, *[1] * (x.dim() - 3)), fill)
-
-    return Slots(
-        keys=side("keys"),
-        values=side("values"),
-        positions=side("positions", -1),
-        cardinality=side("cardinality"),
-        stats={name: side(name) for name in static.names},
+    found = Slots(
+        keys=static.keys,
+        values=static.values,
+        positions=static.positions,
+        cardinality=static.cardinality,
+        stats={name: getattr(static, name) for name in static.names},
         state=static.state,
         dense=static.dense,
-        ragged=not static.is_even,
+    )
+    if static.is_even:
+        return found
+    slot = torch.arange(static.size, device=static.first.device) - (static.size - static.regions).unsqueeze(-1)
+    row, empty = (static.first.unsqueeze(-1) + slot).clamp_min(0), slot < 0
+    return replace(
+        found,
+        keys=found.keys[row],
+        values=found.values[row],
+        positions=found.positions[row].masked_fill(empty, -1),
+        cardinality=found.cardinality[row].masked_fill(empty, 0),
+        stats={name: x[row] for name, x in found.stats.items()},
+        ragged=True,
     )
 
 

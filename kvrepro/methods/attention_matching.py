@@ -342,8 +342,7 @@ class AttentionMatching(Method):
             # What queries that are left out would find is near what those beside them do.
             sampled = _counted(asked.query_positions) < _counted(step.query_positions)
             score = torch.where(sampled[..., None], _smoothed(score, slots), score)
-        now = sum(p.sum(dim=(2, 3)) for _, p in step.last(1).blocks(slots))  # one query: no work for a kernel
-        return _Seen(_spread(asked, self.fitted), score, _by_token(now, slots))
+        return _Seen(_spread(asked, self.fitted), score, _by_token(observe(step.last(1), slots).mass, slots))
 
     def waiting(self, slots: Slots, budget: int, step: Step) -> Step:
         """What was seen; of the queries themselves two, since a step of one would free a block."""
