@@ -341,12 +341,18 @@ class Observation:
         output: `[B, H_kv, G, n, d]`, what the queries get; 0 for a query that sees nothing.
         lse: `[B, H_kv, G, n]`, their log-sum-exp; +inf for a query that sees nothing.
         view: what the kernels read, where they did the work, else None.
+        last: `[B, H_kv, S]`, the last query's attention to each slot, summed over the group, where there is no view.
     """
 
     mass: Tensor | None
     output: Tensor
     lse: Tensor
     view: View | None = None
+    last: Tensor | None = None
+
+    def newest(self) -> Tensor:
+        """`[B, H_kv, S]`, the last query's attention to each slot, summed over the group."""
+        return self.last if self.view is None else self.view.column_sums(self.view.count - 1).sum(dim=2)
 
 
 def observe(step: Step, slots: Slots, power: int | None = 1) -> Observation:
@@ -369,7 +375,7 @@ def observe(step: Step, slots: Slots, power: int | None = 1) -> Observation:
             mass = mass + p.pow(power).sum(dim=(2, 3))
         outputs.append(p @ slots.values.to(p.dtype).unsqueeze(2))
         normals.append(lse)
-    return Observation(mass, torch.cat(outputs, dim=3), torch.cat(normals, dim=3))
+    return Observation(mass, torch.cat(outputs, dim=3), torch.cat(normals, dim=3), last=p[:, :, :, -1].sum(dim=2))
 
 
 def _fused(step: Step, slots: Slots) -> Tensor:

@@ -72,33 +72,49 @@ class _InPlace:
         self.layer.slots, self.layer.static = thaw(self.layer.static), None
 
 
+class _Clock:
+    """Where the newest queries stand in the windows of one width, and at which positions: the same in all layers."""
+
+    def __init__(self, places: Tensor) -> None:
+        """Start with positions `[B, w]`, the newest last."""
+        self.places = places.clone()
+        self.newest = torch.full((1,), places.shape[1] - 1, dtype=torch.long, device=places.device)
+
+    def begin(self, positions: Tensor) -> None:
+        """Begin a step: its queries, at positions `[B]`, take the place of the oldest ones."""
+        self.newest.add_(1).remainder_(self.places.shape[1])
+        self.places.index_copy_(1, self.newest, positions[:, None])
+
+    @property
+    def order(self) -> Tensor:
+        """`[w]` int64: the places, the newest last."""
+        width = self.places.shape[1]
+        return (self.newest + 1 + torch.arange(width, device=self.places.device)) % width
+
+
 class _Ring:
     """The observation window in fixed storage: a step writes over the oldest query, which a CUDA graph can hold."""
 
-    def __init__(self, layer: CompressedLayer) -> None:
+    def __init__(self, layer: CompressedLayer, clocks: dict[int, _Clock]) -> None:
         """Copy the layer's window, filled up in front with places that hold no query."""
-        self._queries, self._places = (x.clone() for x in _whole_window(layer))
-        self._oldest = torch.zeros(1, dtype=torch.long, device=self._places.device)
+        queries, places = _whole_window(layer)
+        self._clock = clocks.setdefault(layer.width, _Clock(places))
+        self._queries = torch.empty_like(queries)
+        self.refill(layer)
 
-    def note(self, query: Tensor, newest: Tensor) -> None:
-        """Put in a step's queries `[B, H_q, 1, d]` at positions `[B]`."""
+    def note(self, query: Tensor) -> None:
+        """Put in a step's queries `[B, H_q, 1, d]`."""
         b, h, g, _, d = self._queries.shape
-        self._queries.index_copy_(3, self._oldest, query.reshape(b, h, g, 1, d))
-        self._places.index_copy_(1, self._oldest, newest[:, None])
-        self._oldest.add_(1).remainder_(self._places.shape[1])
+        self._queries.index_copy_(3, self._clock.newest, query.reshape(b, h, g, 1, d))
 
     def in_order(self) -> tuple[Tensor, Tensor]:
         """Queries `[B, H_kv, G, w, d]` and positions `[B, w]`, the newest last."""
-        width = self._places.shape[1]
-        order = (self._oldest + torch.arange(width, device=self._places.device)) % width
-        return self._queries.index_select(3, order), self._places.index_select(1, order)
+        order = self._clock.order
+        return self._queries.index_select(3, order), self._clock.places.index_select(1, order)
 
     def refill(self, layer: CompressedLayer) -> None:
-        """Put the layer's window back into the same storage."""
-        queries, places = _whole_window(layer)
-        self._queries.copy_(queries)
-        self._places.copy_(places)
-        self._oldest.zero_()
+        """Put the layer's window into the storage."""
+        self._queries.index_copy_(3, self._clock.order, _whole_window(layer)[0])
 
 
 def _whole_window(layer: CompressedLayer) -> tuple[Tensor, Tensor]:
@@ -121,13 +137,13 @@ class _Appended:
 
     mode = "appended"
 
-    def __init__(self, layer: CompressedLayer, newest: Tensor, room: int) -> None:
+    def __init__(self, layer: CompressedLayer, newest: Tensor, room: int, clocks: dict[int, _Clock]) -> None:
         """Move the layer's slots into fixed storage."""
         self.layer = layer
         self._size = layer.fill(layer.slots)
         self._leaves = _leaves(layer)
         self._most = _most(layer)
-        self._window = _Ring(layer) if layer.width else None
+        self._window = _Ring(layer, clocks) if layer.width else None
         layer.static = _freeze(layer, StepRule("none"), newest, room)
         layer.slots = None
 
@@ -147,7 +163,7 @@ class _Appended:
         if self.due and not self.compresses_in_place:
             return self._run(query, key, value, scale, softcap)
         if self._window is not None:
-            self._window.note(query, self.layer.static.newest)
+            self._window.note(query)
         out = _step(self.layer.static, query, key, value, scale, softcap)
         if self.due:
             self._compress(query, scale, softcap)
@@ -173,7 +189,9 @@ class _Appended:
         self._storage = self.layer.static
         self.layer.slots, self.layer.static = thaw(self._storage), None
         self.layer.row_tokens = self._storage.newest.clone()
-        self._give_window()
+        if self._window is not None:  # without this step's query, which the pass adds
+            queries, places = self._window.in_order()
+            self.layer.window = (queries[:, :, :, :-1], places[:, :-1])
         return _run_layer(self.layer, query, key, value, scale, softcap)
 
     def taken(self) -> None:
@@ -188,16 +206,12 @@ class _Appended:
             if self._window is not None:
                 self._window.refill(layer)
 
-    def _give_window(self) -> None:
-        """Hand the layer its observation window, in order."""
-        if self._window is not None:
-            self.layer.window = self._window.in_order()
-
     def close(self) -> None:
-        """Give the slots back in order."""
+        """Give the slots, and the observation window, back in order."""
         if self.layer.static is not None:
             self.layer.slots, self.layer.static = thaw(self.layer.static), None
-            self._give_window()
+            if self._window is not None:
+                self.layer.window = self._window.in_order()
             _cut_window(self.layer)
 
 
@@ -255,13 +269,13 @@ class _Plain:
 _Held = _InPlace | _Appended | _CopiedBack | _Plain
 
 
-def _hold(layer: CompressedLayer, newest: Tensor, room: int) -> _Held:
-    """Take a layer's steps, at most `room` of them, in the way that fits it."""
+def _hold(layer: CompressedLayer, newest: Tensor, room: int, clocks: dict[int, _Clock]) -> _Held:
+    """Take a layer's steps, at most `room` of them, in the way that fits it; `clocks` are those of the windows."""
     way = _way(layer)
     if way is _InPlace:
         rule = layer.method.step_rule(layer.budget) if layer.active else StepRule("none")
         return _InPlace(layer, rule, newest, room)
-    return _Appended(layer, newest, room) if way is _Appended else way(layer)
+    return _Appended(layer, newest, room, clocks) if way is _Appended else way(layer)
 
 
 def _way(layer: CompressedLayer) -> type[_Held]:
@@ -423,7 +437,8 @@ class Decoder:
         self._whole = len(layers) == len(cache.layers) and not on_several_devices(model)
         self._forget()
         self.replayed = self.replayed_due = 0
-        self._held = [_hold(x, self._newest, room) if self._whole else _Plain(x) for x in layers]
+        self._clocks: dict[int, _Clock] = {}
+        self._held = [_hold(x, self._newest, room, self._clocks) if self._whole else _Plain(x) for x in layers]
         self._compiled = functools.partial(compiled, model) if compile else nullcontext
         if self._newest.is_cuda and not self.graphed:
             warnings.warn(
@@ -458,6 +473,8 @@ class Decoder:
         if not self._whole:
             output = self._plain_pass(tokens[:, None], places)
         else:
+            for clock in self._clocks.values():
+                clock.begin(self._newest)
             handlers = {layer.module(): held.attend for layer, held in zip(self._layers, self._held, strict=True)}
             with redirected(handlers), self._compiled():
                 output = self._model(
@@ -570,7 +587,7 @@ class Decoder:
         for i, (held, layer) in enumerate(zip(self._held, self._layers, strict=True)):
             thawed = isinstance(held, _Appended) and layer.static is None
             if thawed or (isinstance(held, _Plain) and _way(layer) is not _Plain):
-                self._held[i] = _hold(layer, self._newest, self._room - self._taken)
+                self._held[i] = _hold(layer, self._newest, self._room - self._taken, self._clocks)
                 self._forget()
 
 

@@ -231,9 +231,7 @@ def refill(static: StaticSlots, slots: Slots, *, by_tokens: bool) -> None:
     All of it is work for the device, the same for the same number of slots, so that a CUDA graph can hold it.
     """
     if not static.is_even:
-        even = static.even()
-        refill(even, slots, by_tokens=by_tokens)
-        return static.put_back(even)
+        return _refill_regions(static, slots, by_tokens=by_tokens)
     if slots.ragged:
         order = partition(~slots.valid)[0]
         slots = slots.map(lambda x: take(x, order) if x.dim() > 2 else x)
@@ -244,6 +242,25 @@ def refill(static: StaticSlots, slots: Slots, *, by_tokens: bool) -> None:
     for name in static.names:
         _replace(getattr(static, name), slots.stats[name])
     static.place.copy_(_places(static.cardinality, static.filled, by_tokens))
+    static.state, static.dense = slots.state, slots.dense
+
+
+def _refill_regions(static: StaticSlots, slots: Slots, *, by_tokens: bool) -> None:
+    """`refill` of uneven storage; what a region holds behind its filled slots stays: nobody looks there."""
+    filled = slots.valid.sum(dim=2, keepdim=True)
+    rank = slots.valid.cumsum(dim=2) - 1  # the place in the region
+    row = torch.where(slots.valid, static.first.unsqueeze(-1) + rank, len(static.keys) - 1)
+    for name in ("keys", "values", "positions", "cardinality"):
+        getattr(static, name)[row] = getattr(slots, name)
+    for name in static.names:
+        getattr(static, name)[row] = slots.stats[name]
+    place = rank
+    if by_tokens:
+        tokens = slots.cardinality.cumsum(dim=2)
+        place = filled - 1 - (tokens[..., -1:] - tokens)
+    static.place[row] = place.to(torch.int32)
+    static.filled.copy_(filled.squeeze(2))
+    static.free.copy_(static.filled)
     static.state, static.dense = slots.state, slots.dense
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -337,12 +338,14 @@ class AttentionMatching(Method):
         asked = self.reference(slots, step, budget)
         if self.base is not None:
             return _Seen(_spread(asked, self.fitted))
-        score = observe(asked, slots, power=1 if self.keys == "mass" else 2).mass
+        seen = observe(asked, slots, power=1 if self.keys == "mass" else 2)
+        score = seen.mass
         if step.queries.shape[3] > self.count:
             # What queries that are left out would find is near what those beside them do.
             sampled = _counted(asked.query_positions) < _counted(step.query_positions)
             score = torch.where(sampled[..., None], _smoothed(score, slots), score)
-        return _Seen(_spread(asked, self.fitted), score, _by_token(observe(step.last(1), slots).mass, slots))
+        now = observe(step.last(1), slots).mass if self.queries == "gaussian" else seen.newest()
+        return _Seen(_spread(asked, self.fitted), score, _by_token(now, slots))
 
     def waiting(self, slots: Slots, budget: int, step: Step) -> Step:
         """What was seen; of the queries themselves two, since a step of one would free a block."""
@@ -377,7 +380,9 @@ class AttentionMatching(Method):
         first = ((count > budget) & (old == budget).all(dim=(1, 2), keepdim=True)).all(dim=(1, 2), keepdim=True)
         rooms = torch.where(first, least + given.view_as(count), old).to(torch.int32)
         shares = [mine.contiguous().to(slots.keys.device) for mine, slots in zip(rooms.unbind(1), layers, strict=True)]
-        seen = [dataclasses.replace(step.found) for step in steps]  # which know of no peers, so that all is let go
+        most = torch.minimum(count, rooms).amax(dim=(0, 2)).tolist()  # of all layers at once: the host waits for it
+        # These know of no peers, so that all is let go.
+        seen = [dataclasses.replace(step.found, most=n) for step, n in zip(steps, most, strict=True)]
         told = [dataclasses.replace(x, rooms=y, found=z) for x, y, z in zip(steps, shares, seen, strict=True)]
         peers = _Peers(self, budget, list(zip(layers, told, strict=True)))
         for step in steps:
@@ -411,29 +416,34 @@ class AttentionMatching(Method):
             one_over: see `Step`.
         """
         score = seen.score
-        safe = protected(slots, self.sinks_of(budget), self.recent_of(budget))
-        count = slots.valid.sum(dim=2, keepdim=True)
-        room = budget if rooms is None else rooms.unsqueeze(-1)
-        wanted = torch.where(count > room, room - freed, count)
-        free = wanted - safe.sum(dim=2, keepdim=True)
-        first = (free * self.newest).int()
+        ends = self.sinks_of(budget), self.recent_of(budget)
+        safe, room = protected(slots, *ends), budget if rooms is None else rooms.unsqueeze(-1)
+        if one_over:
+            wanted, most = room - freed, slots.size - 1 - freed
+            free = wanted - sum(ends)
+        else:
+            count = slots.valid.sum(dim=2, keepdim=True)
+            wanted, most = torch.where(count > room, room - freed, count), seen.most
+            free = wanted - safe.sum(dim=2, keepdim=True)
+        first = int(free * self.newest) if isinstance(free, int) else (free * self.newest).int()
         keep = safe | top(seen.now.expand_as(score).contiguous(), slots.valid & ~safe, first)
         if self.keys == "greedy":
             shares = torch.cat([p for _, p in seen.asked.blocks(slots)], dim=3)
             keep = keep | pursued(shares, keep, slots.valid, free - first)
         else:
             keep = keep | top(score, slots.valid & ~keep, free - first)
-        if rooms is not None:
-            most = slots.size - 1 - freed if one_over else int(wanted.max())
-            return dataclasses.replace(compact(slots, keep, most), ragged=True)
-        waits = slots.ragged and freed > 0
-        return compact(slots, keep, int(wanted.max()) if waits else min(budget - freed, slots.size))
+        if most is None:
+            same = rooms is None and not (slots.ragged and freed)  # as many for each head, known without looking
+            most = min(budget - freed, slots.size) if same else int(wanted.max())
+        left = compact(slots, keep, most, whole=one_over and rooms is None)
+        return left if rooms is None else dataclasses.replace(left, ragged=True)
 
     def reference(self, slots: Slots, step: Step, budget: int) -> Step:
         """The step whose queries are fitted to: `[B, H_kv, G, m, d]`, behind the newest token, so that they see all.
 
-        In each row the first half of the queries that count stands in the first m // 2 places, the others in the rest:
-        the fit's two halves. Places that are left over have the position -1.
+        The newest one stands right behind the newest token, the one before it a position further. In each row the first
+        half of the queries that count stands in the first m // 2 places, the others in the rest: the fit's two halves.
+        Places that are left over have the position -1.
 
         Raises:
             ValueError: the tokens were to be read twice, and were not.
@@ -454,16 +464,21 @@ class AttentionMatching(Method):
             wide = queries.to(torch.promote_types(queries.dtype, torch.float32))
             plain = _turned(step, wide, -places.clamp_min(0))
             queries = self._drawn(plain, places >= 0, step.layer)
-            rank = torch.arange(self.count, dtype=torch.int32, device=places.device).expand(len(places), -1)
-            old, empty = torch.zeros_like(rank), (newest < 0).expand_as(rank)
+            behind = torch.arange(self.count - 1, -1, -1, dtype=torch.int32, device=places.device)
+            behind = behind.expand(len(places), -1)
+            old, empty = torch.zeros_like(behind), (newest < 0).expand_as(behind)
+        elif step.queries.shape[3] == 1 and places.shape[1] <= self.count:  # all of the window, and nothing is fitted
+            behind = torch.arange(places.shape[1] - 1, -1, -1, dtype=torch.int32, device=places.device)
+            old, empty = places, places < 0
         else:
             n, count = places.shape[1], _counted(places)
             rank, among, empty = _evenly(count, min(n, self.count))
+            behind = (count.clamp_max(self.count) - 1 - rank).clamp_min(0)
             index = (among + n - count).clamp(0, n - 1)  # padding is in front
             queries = queries.gather(3, index[:, None, None, :, None].expand(*queries.shape[:3], -1, queries.shape[4]))
-            queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
             old = places.gather(1, index)
-        place = (newest + 1 + rank.clamp_min(0) % self.ahead).to(torch.int32)
+        place = (newest + 1 + behind % self.ahead).to(torch.int32)
+        queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
         turned = _turned(step, queries, place - old).to(slots.keys.dtype)
         places = place.masked_fill(empty, -1)
         return dataclasses.replace(step, queries=turned, query_positions=places, view=None, again=None, behind=True)
@@ -498,25 +513,36 @@ class AttentionMatching(Method):
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """`fit`, heads of like numbers of slots side by side; those that lost none, not in `cut` `[B, H_kv]`, are not.
 
-        The shares of a group of heads, which may be of several layers, take no more memory than those of all heads of a
-        layer do with `budget` slots each, or than `_TOGETHER` says, and less than half of it is empty. Keys and values
-        of all heads are copied beside them.
+        The shares of a group of heads, which may be of several layers, and the copies of their slots take no more
+        memory than those of all heads of a layer do with `budget` slots each, or than `_TOGETHER` says, and less than
+        half of it is empty.
         """
         b, h = cut[0].shape
-        slots, queries, output, lse = _in_rows(left), *map(_rows, ([its.queries for its in asked], outputs, masses))
-        places = torch.cat([its.query_positions.repeat_interleave(h, dim=0) for its in asked])
-        bias, fitted = torch.zeros_like(slots.stats["bias"]), _rows(cut)[:, 0]
-        good = torch.ones_like(fitted)
-        limit = max(b * h * budget, _TOGETHER // _bytes_of_shares(asked[0]))
-        count, order = (slots.valid.sum(dim=(1, 2)) * fitted).sort(stable=True)
-        for heads, width in _alike(count.tolist(), limit):
-            index = order[heads]
-            part = slots.map(lambda x: x[index][:, :, -width:])  # noqa: B023
-            step = dataclasses.replace(asked[0], queries=queries[index], query_positions=places[index])
-            found = self.fit(part, step, output[index], lse[index])
-            slots.values[index, :, -width:], bias[index, :, -width:], good[index] = *found[:2], found[2].squeeze(1)
-        split = [x.view(-1, b, h, *x.shape[2:]).unbind(0) for x in (slots.values, bias)]
-        return list(zip(*split, good.view(-1, b, h).unbind(0), strict=True))
+        fits = [
+            (x.values.clone(), torch.zeros_like(x.stats["bias"]), torch.ones_like(y))
+            for x, y in zip(left, cut, strict=True)
+        ]
+        counts = torch.stack([mine.valid.sum(dim=2) * lost for mine, lost in zip(left, cut, strict=True)])
+        count, order = (x.tolist() for x in torch.stack(counts.flatten().sort(stable=True)))
+        limit = max(b * h * budget, _TOGETHER // _bytes_of_slot(left[0], asked[0]))
+        for part, width in _alike(count, limit):
+            heads = [(*divmod(row, b * h), row % (b * h) // h) for row in order[part]]  # layer, head of it, its row
+            step = dataclasses.replace(
+                asked[0],
+                queries=torch.stack([asked[layer].queries.flatten(0, 1)[head] for layer, head, _ in heads])[:, None],
+                query_positions=torch.stack([asked[layer].query_positions[row] for layer, _, row in heads]),
+            )
+            output, lse = (
+                torch.stack([x[layer].flatten(0, 1)[head] for layer, head, _ in heads])[:, None]
+                for x in (outputs, masses)
+            )
+            found = self.fit(_side_by_side([(left[layer], head) for layer, head, _ in heads], width), step, output, lse)
+            for (layer, head, _), mine in zip(heads, zip(*found, strict=True), strict=True):
+                n = min(width, left[layer].size)
+                for whole, new in zip(fits[layer], mine, strict=True):
+                    one = whole.flatten(0, 1)[head]
+                    one[-n:].copy_(new[0, -n:]) if one.dim() else one.copy_(new[0])
+        return fits
 
     def fit(self, left: Slots, asked: Step, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the kept slots should have.
@@ -564,14 +590,16 @@ class _Seen:
             where they are only some of the pass's queries, its mean with the slots of the tokens on either side. None
             with a method's `keys`.
         now: `[B, H_kv, S]`, or `[B, 1, S]` where it is the same for all heads, the newest query's attention to a slot's
-            token, the mean over the heads of the layer that hold it; None with a method's `keys`.
+            token, the mean over the heads of the layer that hold it, summed over a group; None with a method's `keys`.
         peers: the layers that this one shares its slots with, once they are shared out.
+        most: the most slots that a head is then left with.
     """
 
     asked: Step
     score: Tensor | None = None
     now: Tensor | None = None
     peers: _Peers | None = None
+    most: int | None = None
 
 
 class _Peers:
@@ -580,8 +608,6 @@ class _Peers:
     def __init__(self, method: AttentionMatching, budget: int, layers: list[tuple[Slots, Step]]) -> None:
         """Layers in turn, all their slots and what was seen of them, with the `rooms` that they were given."""
         self._method, self._budget = method, budget
-        device = layers[0][1].rooms.device
-        self._most = int(torch.stack([step.rooms.to(device) for _, step in layers]).max())  # slots that a head may have
         self._waiting = {step.layer: (slots, step) for slots, step in layers}
         self._done: dict[int, Slots] = {}
 
@@ -590,9 +616,7 @@ class _Peers:
         if layer not in self._done:
             slots, step = self._waiting[layer]
             alike = [i for i, other in self._waiting.items() if _can_join((slots, step), other)]
-            side = sum(x.shape[3] * x.element_size() for x in (slots.keys, slots.values))
-            copies = 2 * self._most * side  # of all heads, and of those that are fitted
-            each = step.rooms.numel() * (self._budget * _bytes_of_shares(step.found.asked) + copies)
+            each = step.rooms.numel() * self._budget * _bytes_of_slot(slots, step.found.asked)
             now = alike[alike.index(layer) :][: max(1, _TOGETHER // each)]
             layers = [self._waiting.pop(i) for i in now]
             self._done.update(zip(now, self._method._compressed(layers, self._budget), strict=True))
@@ -642,24 +666,35 @@ def _by_token(score: Tensor, slots: Slots) -> Tensor:
     return torch.empty_like(mean).scatter_(1, order, mean).view_as(slots.positions)
 
 
-def _rows(parts: list[Tensor]) -> Tensor:
-    """Of `[B, H_kv, ...]` a layer: every head of every layer as a row with one head."""
-    return torch.cat([x.flatten(0, 1) for x in parts]).unsqueeze(1)
+def _side_by_side(heads: list[tuple[Slots, int]], width: int) -> Slots:
+    """Heads, each given by its layer's slots and its number there, as rows with one head of `width` slots: a copy."""
+
+    def one(x: Tensor, head: int, fill: int) -> Tensor:
+        """The last slots of a head, of `[B, H_kv, S, ...]`."""
+        x = x.flatten(0, 1)[head, -width:]
+        short = width - len(x)
+        return torch.nn.functional.pad(x, (*[0] * (2 * x.dim() - 2), short, 0), value=fill) if short else x
+
+    def rows(of: Callable[[Slots], Tensor], fill: int = 0) -> Tensor:
+        """One side of all heads, `[N, 1, width, ...]`."""
+        return torch.stack([one(of(slots), head, fill) for slots, head in heads])[:, None]
+
+    return Slots(
+        keys=rows(lambda slots: slots.keys),
+        values=rows(lambda slots: slots.values),
+        positions=rows(lambda slots: slots.positions, -1),
+        cardinality=rows(lambda slots: slots.cardinality),
+        stats={name: rows(lambda slots, name=name: slots.stats[name]) for name in heads[0][0].stats},
+        dense=False,
+        ragged=True,
+    )
 
 
-def _in_rows(layers: list[Slots]) -> Slots:
-    """Every head of every layer as a row with one head, as wide as the widest layer: a copy."""
-    size = max(slots.size for slots in layers)
-    layers = [slots if slots.size == size else slots.pad(size) for slots in layers]
-    sides = {name: _rows([getattr(slots, name) for slots in layers]) for name in _SIDES}
-    stats = {name: _rows([slots.stats[name] for slots in layers]) for name in layers[0].stats}
-    return Slots(**sides, stats=stats, dense=False, ragged=True)
-
-
-def _bytes_of_shares(asked: Step) -> int:
-    """Bytes that a slot's shares take, those of all reference queries of a head."""
+def _bytes_of_slot(slots: Slots, asked: Step) -> int:
+    """Bytes that a slot takes in a fit: its shares for all reference queries of a head, and its key and value."""
     wide = torch.promote_types(asked.queries.dtype, torch.float32)
-    return asked.queries[0, 0, ..., 0].numel() * wide.itemsize
+    own = sum(x.shape[3] * x.element_size() for x in (slots.keys, slots.values))
+    return asked.queries[0, 0, ..., 0].numel() * wide.itemsize + own
 
 
 def _alike(counts: list[int], limit: int) -> list[tuple[slice, int]]:

@@ -91,7 +91,7 @@ class AttentionMatching(Oracle):
 
     def settle(self, chunk: Chunk) -> None:
         """Bring every head to what it may hold, less a block while decoding."""
-        self.attended = [[slot.position for slot in slots] for slots in self.heads]
+        self.seen_now = self.now(chunk) if self.base is None else {}
         freed = self.block - 1 if len(chunk.positions) == 1 else 0
         left = None if self.base is None else self.left_by_base(self.base, chunk, self.budget - freed)
         for head, slots in enumerate(self.heads):
@@ -126,7 +126,7 @@ class AttentionMatching(Oracle):
         return [
             [
                 rotate(query, newest + 1 + i % self.ahead - place, self.inv_freq)
-                for i, (place, query) in enumerate(past[j] for j in evenly(len(past), self.count))
+                for i, (place, query) in [*enumerate(past[j] for j in reversed(evenly(len(past), self.count)))][::-1]
             ]
             for past in group
         ]
@@ -172,7 +172,8 @@ class AttentionMatching(Oracle):
         asked, totals, outputs = ([x[i] for i in chosen] for x in (asked, totals, outputs))
         if left is None:
             all_shares = np.array([self.masses(q, slots, chunk.read_keys[head]) for q in asked])
-            left = self.chosen(slots, score, self.now(slots, chunk), goal, all_shares / np.array(totals)[:, None])
+            now = np.array([np.mean(self.seen_now[slot.position]) for slot in slots])
+            left = self.chosen(slots, score, now, goal, all_shares / np.array(totals)[:, None])
         if len(chunk.positions) == 1:
             return left
         places = read_positions(left, self.positions)
@@ -193,13 +194,24 @@ class AttentionMatching(Oracle):
             self.fallbacks[head] += 1
         return left
 
-    def now(self, slots: list[Slot], chunk: Chunk) -> Array:
-        """The newest query's attention to each slot's token, the mean over the heads that hold it as they attended."""
+    def now(self, chunk: Chunk) -> dict[int, list[float]]:
+        """The newest query's attention to each token, of the heads that hold it.
+
+        It is the newest of the reference queries; where those are drawn it is the text's own, as it attended.
+        """
         seen: dict[int, list[float]] = defaultdict(list)
-        for g, rows in enumerate(chunk.probabilities):
-            for position, share in zip(self.attended[g // self.group], rows[-1], strict=True):
-                seen[position].append(share)
-        return np.array([np.mean(seen[slot.position]) for slot in slots])
+        for g in range(self.group * len(self.heads)):
+            head = g // self.group
+            slots = self.heads[head]
+            if self.queries == "gaussian":
+                shares = chunk.probabilities[g][-1]
+            else:
+                newest = self.reference(head, slots, chunk)[g % self.group][-1]
+                masses = self.masses(newest, slots, chunk.read_keys[head])
+                shares = [mass / sum(masses) for mass in masses]
+            for slot, share in zip(slots, shares, strict=True):
+                seen[slot.position].append(share)
+        return seen
 
     def masses(self, query: Array, slots: list[Slot], keys: list[Array]) -> list[float]:
         """e^logit of each slot."""
