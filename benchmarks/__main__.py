@@ -21,7 +21,7 @@ WRITE = ("full", "streaming_llm", "h2o", "weightedkv", "kvmerger", "kvslimmer")
 SOME = ("full", "streaming_llm", "weightedkv")
 BIASED = ("kvslimmer", "keepkv", "kvmerger(mass='attention')")  # a number is added to a slot's logits, as with FITTED
 MERGE = ("weightedkv", "kvmerger", "kvslimmer", "d2o", "keepkv")
-FIT = ("full", *FITTED, "attention_matching(fitted=64)")
+FIT = ("full", *FITTED, "attention_matching(fitted=128)")
 PAIRS = ("kvslimmer", "asymkv")
 PRESSES = ("streaming_llm", "snapkv", "observed_attention")
 

@@ -98,7 +98,9 @@ class _Ring:
     def __init__(self, layer: CompressedLayer, clocks: dict[int, _Clock]) -> None:
         """Copy the layer's window, filled up in front with places that hold no query."""
         queries, places = _whole_window(layer)
-        self._clock = clocks.setdefault(layer.width, _Clock(places))
+        if layer.width not in clocks:
+            clocks[layer.width] = _Clock(places)
+        self._clock = clocks[layer.width]
         self._queries = torch.empty_like(queries)
         self.refill(layer)
 

@@ -198,7 +198,9 @@ def ridge_solution(gram: Tensor, moment: Tensor, ridge: Tensor, columns: int | T
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + (ridge * size)[..., None, None] * eye)
     solved = (failed == 0).to(gram.dtype)[..., None, None]
-    return torch.cholesky_solve(moment.expand(*factor.shape[:-1], -1), factor) * (solved / solved)
+    # In two steps, since on a GPU `cholesky_solve` makes the host wait.
+    half = torch.linalg.solve_triangular(factor, moment.expand(*factor.shape[:-1], -1), upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True) * (solved / solved)
 
 
 def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = None, coarse: bool = False) -> Tensor:

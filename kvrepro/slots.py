@@ -152,14 +152,33 @@ class FlatSlots:
         )
 
 
-def flatten(slots: Slots) -> FlatSlots:
-    """The filled slots alone; `spread` gives them back, the empty ones in front."""
-    filled = slots.valid
-    count = filled.sum(dim=2)
-    place = filled.flatten().nonzero().squeeze(1)  # once: each look at the marks makes the host wait for a GPU
+def flatten(slots: Slots, keep: Tensor | None = None, count: Tensor | None = None) -> FlatSlots:
+    """The filled slots alone, or those that are marked; `spread` gives them back, empty ones in front.
+
+    Args:
+        slots: the slots.
+        keep: `[B, H_kv, S]` bool, filled slots; None are all that are filled.
+        count: `[B, H_kv]` on the host, how many of each head those are; None asks, and makes the host wait for a GPU.
+
+    Returns:
+        The slots, in order.
+    """
+    dense = slots.dense and keep is None
+    keep = slots.valid if keep is None else keep
+    number = keep.sum(dim=2)
+    count = number.cpu() if count is None else count
+    total, marked = int(count.sum()), keep.flatten()
+    place = torch.arange(len(marked), device=marked.device)
+    rank = torch.where(marked, marked.cumsum(0) - 1, total)  # what is not marked goes to one place more
+    place = place.new_empty(total + 1).scatter_(0, rank, place)[:total]
+    heads, size = keep.shape[1:]
+    row = place // size
+    turned = ((row // heads) * size + place % size) * heads + row % heads
 
     def rows(x: Tensor) -> Tensor:
-        """Of `[B, H, S, ...]`."""
+        """Of `[B, H, S, ...]`; a model's own keys and values are `[B, S, H, d]` in memory."""
+        if x.dim() == 4 and x.transpose(1, 2).is_contiguous():
+            return x.transpose(1, 2).flatten(0, 2).index_select(0, turned)
         return x.flatten(0, 2).index_select(0, place)
 
     held = replace(
@@ -169,8 +188,9 @@ def flatten(slots: Slots) -> FlatSlots:
         positions=rows(slots.positions),
         cardinality=rows(slots.cardinality),
         stats={name: rows(x) for name, x in slots.stats.items()},
+        dense=dense,
     )
-    return FlatSlots(held, count.to(torch.int32), int(count.max()))
+    return FlatSlots(held, number.to(torch.int32), int(count.max()))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -247,19 +247,15 @@ def refill(static: StaticSlots, slots: Slots, *, by_tokens: bool) -> None:
 
 def _refill_regions(static: StaticSlots, slots: Slots, *, by_tokens: bool) -> None:
     """`refill` of uneven storage; what a region holds behind its filled slots stays: nobody looks there."""
-    filled = slots.valid.sum(dim=2, keepdim=True)
+    filled = slots.valid.sum(dim=2)
     rank = slots.valid.cumsum(dim=2) - 1  # the place in the region
     row = torch.where(slots.valid, static.first.unsqueeze(-1) + rank, len(static.keys) - 1)
-    for name in ("keys", "values", "positions", "cardinality"):
-        getattr(static, name)[row] = getattr(slots, name)
-    for name in static.names:
-        getattr(static, name)[row] = slots.stats[name]
-    place = rank
-    if by_tokens:
-        tokens = slots.cardinality.cumsum(dim=2)
-        place = filled - 1 - (tokens[..., -1:] - tokens)
-    static.place[row] = place.to(torch.int32)
-    static.filled.copy_(filled.squeeze(2))
+    place = _places(slots.cardinality, filled, by_tokens=True) if by_tokens else rank
+    new = {name: getattr(slots, name) for name in ("keys", "values", "positions", "cardinality")}
+    for name, x in {**new, **{name: slots.stats[name] for name in static.names}, "place": place}.items():
+        storage = getattr(static, name)
+        storage[row] = x.to(storage.dtype)
+    static.filled.copy_(filled)
     static.free.copy_(static.filled)
     static.state, static.dense = slots.state, slots.dense
 

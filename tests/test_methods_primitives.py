@@ -170,3 +170,30 @@ def test_uniform_is_uniform() -> None:
     along = torch.corrcoef(torch.stack([draw[:, :-1].flatten(), draw[:, 1:].flatten()]))[0, 1]
     across = torch.corrcoef(draw)[0, 1]
     assert abs(float(along)) < 4 / math.sqrt(40_000) and abs(float(across)) < 4 / math.sqrt(10_000)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_marked_slots_alone(turned: bool, told: bool) -> None:
+    """One head behind the other, however keys lie in memory; spread out again they are the marked slots in order."""
+    generator = torch.Generator().manual_seed(0)
+    b, h, size, d = 2, 3, 7, 4
+    shape = (b, size, h, d) if turned else (b, h, size, d)
+    keys, values = torch.randn(2, *shape, generator=generator).transpose(2, 3 if turned else 2)
+    positions = torch.arange(size, dtype=torch.int32).expand(b, h, size).contiguous()
+    slots = Slots(keys, values, positions, positions + 1, stats={"bias": torch.randn(b, h, size, generator=generator)})
+    keep = torch.rand(b, h, size, generator=generator) < 0.6
+    keep[0, 1] = False
+    flat = primitives.flatten(slots, keep, keep.sum(dim=2) if told else None)
+    assert flat.count.tolist() == keep.sum(dim=2).tolist()
+    assert flat.size == int(keep.sum(dim=2).max())
+    spread = flat.spread()
+    for i in range(b):
+        for j in range(h):
+            n = int(keep[i, j].sum())
+            kept = keep[i, j].nonzero().flatten()
+            for side in ("keys", "values", "positions", "cardinality"):
+                found, had = getattr(spread, side)[i, j], getattr(slots, side)[i, j]
+                assert torch.equal(found[flat.size - n :], had[kept])
+            assert torch.equal(spread.stats["bias"][i, j, flat.size - n :], slots.stats["bias"][i, j, kept])
+            assert bool((spread.positions[i, j, : flat.size - n] == -1).all())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from kvrepro.attention import Step, observe
 from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued, tf32
 from kvrepro.methods.base import POSITIONS, Method, option
-from kvrepro.slots import Slots, compact, protected, top, uniform
+from kvrepro.slots import FlatSlots, Slots, compact, flatten, protected, top, uniform
 
 #: Methods that can choose the slots instead, with the options that this takes: a slot of theirs weighs as one token, or
 #: as its cardinality in the logits, and what they leave depends on no state, gradient or layer.
@@ -130,7 +130,7 @@ class AttentionMatching(Method):
         None, "ours: where slots are pooled, each head has this share of the budget at least (None is 0.1)"
     )
     count: int = option(2048, "ours: reference queries a query head, spread evenly over the pass; they choose the keys")
-    fitted: int = option(128, "ours: of these, those that biases and values are fitted to, spread evenly over them")
+    fitted: int = option(64, "ours: of these, those that biases and values are fitted to, spread evenly over them")
     ahead: int = option(128, "ours: they stand at the next 128 positions, in turns")
     window: int | None = option(None, "ours: reference queries while decoding; None is budget / 16, at most 32")
     rounds: int = option(10, "ours: rounds at most of the fit of biases; 0 fits none")
@@ -301,7 +301,7 @@ class AttentionMatching(Method):
         seen = self.base.accumulate(slots, found, step)
         return dataclasses.replace(seen, stats={**seen.stats, "bias": slots.stats["bias"]})
 
-    def compress(self, slots: Slots, budget: int, step: Step) -> Slots:
+    def compress(self, slots: Slots, budget: int, step: Step) -> Slots | FlatSlots:
         """Choose the slots that stay, then fit them to what a prompt's reference queries get from all."""
         if step.queries.shape[3] == 1:  # while decoding
             found = self._see(slots, budget, step) if self.base is None else None
@@ -312,32 +312,38 @@ class AttentionMatching(Method):
             return seen.peers.compressed(step.layer)
         return self._compressed([(slots, dataclasses.replace(step, found=seen))], budget)[0]
 
-    def _compressed(self, layers: list[tuple[Slots, Step]], budget: int) -> list[Slots]:
+    def _compressed(self, layers: list[tuple[Slots, Step]], budget: int) -> list[Slots | FlatSlots]:
         """`compress`, several layers side by side, given what was seen of each."""
-        left = [self._left(slots, budget, step) for slots, step in layers]
-        # A row of a batch that still fits stays as it is.
-        cut = [mine.valid.sum(dim=2) < slots.valid.sum(dim=2) for mine, (slots, _) in zip(left, layers, strict=True)]
-        asked = [step.found.asked for _, step in layers]
-        whole = [observe(its, slots, power=None) for its, (slots, _) in zip(asked, layers, strict=True)]
-        outputs, masses = [its.output for its in whole], [its.lse for its in whole]
         if layers[0][1].rooms is None:
-            fits = [self.fit(*each) for each in zip(left, asked, outputs, masses, strict=True)]
-        else:
-            fits = self._fit_by_size(left, cut, asked, outputs, masses, budget)
-        return [_with_fit(*each) for each in zip(left, cut, fits, strict=True)]
+            left = [self._left(slots, budget, step) for slots, step in layers]
+            return [self._fitted(*each) for each in zip(left, layers, strict=True)]
+        chosen = [
+            self._chosen(slots, budget, step) if step.found.keep is None else step.found.keep for slots, step in layers
+        ]
+        flat = [flatten(slots, keep, step.found.left) for keep, (slots, step) in zip(chosen, layers, strict=True)]
+        return self._fitted_by_size(flat, layers, budget)
 
     def _left(self, slots: Slots, budget: int, step: Step) -> Slots:
         """The slots that stay, as they are."""
         freed = self.block_of(budget) - 1 if step.queries.shape[3] == 1 else 0
-        if self.base is None:
-            return self._chosen(slots, step.found, budget, freed, step.rooms, step.one_over)
-        return self._left_by_base(slots, budget, budget - freed, step)
+        if self.base is not None:
+            return self._left_by_base(slots, budget, budget - freed, step)
+        keep = self._chosen(slots, budget, step, freed)
+        if step.one_over:
+            size = slots.size - 1 - freed
+        elif step.rooms is None and not (slots.ragged and freed):
+            size = min(budget - freed, slots.size)  # as many for each head, known without looking
+        else:
+            size = int(keep.sum(dim=2).max())
+        left = compact(slots, keep, size, whole=step.one_over and step.rooms is None)
+        return left if step.rooms is None else dataclasses.replace(left, ragged=True)
 
     def _see(self, slots: Slots, budget: int, step: Step) -> _Seen:
         """Look at all slots before any leaves."""
         asked = self.reference(slots, step, budget)
         if self.base is not None:
-            return _Seen(_spread(asked, self.fitted))
+            seen = observe(asked, slots, power=None)
+            return _Seen(*_some(asked, seen.output, seen.lse, self.fitted))
         seen = observe(asked, slots, power=1 if self.keys == "mass" else 2)
         score = seen.mass
         if step.queries.shape[3] > self.count:
@@ -345,7 +351,10 @@ class AttentionMatching(Method):
             sampled = _counted(asked.query_positions) < _counted(step.query_positions)
             score = torch.where(sampled[..., None], _smoothed(score, slots), score)
         now = observe(step.last(1), slots).mass if self.queries == "gaussian" else seen.newest()
-        return _Seen(_spread(asked, self.fitted), score, _by_token(now, slots))
+        found = asked, seen.output, seen.lse
+        if step.queries.shape[3] > 1:  # while decoding, nothing is fitted
+            found = _some(*found, self.fitted)
+        return _Seen(*found, score, _by_token(now, slots))
 
     def waiting(self, slots: Slots, budget: int, step: Step) -> Step:
         """What was seen; of the queries themselves two, since a step of one would free a block."""
@@ -364,13 +373,19 @@ class AttentionMatching(Method):
         """
         device, least = layers[0].keys.device, self.least_of(budget)
         ends, size = (self.sinks_of(budget), self.recent_of(budget)), max(slots.size for slots in layers)
-        scores, counts = [], []
-        for slots, step in zip(layers, steps, strict=True):
-            score = step.found.score.masked_fill(protected(slots, *ends), torch.inf)
-            score = score.masked_fill(~slots.valid, -1.0).to(device)
-            scores.append(torch.nn.functional.pad(score, (size - slots.size, 0), value=-1.0))
-            counts.append(slots.valid.sum(dim=2).to(device))
-        score, count = torch.stack(scores, dim=1), torch.stack(counts, dim=1)  # [B, L, H, S], [B, L, H]
+
+        pad = torch.nn.functional.pad
+
+        def stacked(parts: Iterable[Tensor], empty: float = -1.0) -> Tensor:
+            """`[B, L, H, S]` of each layer's `[B, H, S]`."""
+            more = ((x.to(device), size - x.shape[2]) for x in parts)
+            return torch.stack([pad(x, (n, 0), value=empty) if n else x for x, n in more], dim=1)
+
+        seen = [step.found for step in steps]
+        valid = stacked((slots.valid for slots in layers), 0)
+        safe = stacked((protected(slots, *ends) for slots in layers), 0)
+        score = stacked(x.score for x in seen).masked_fill(safe, torch.inf).masked_fill(~valid, -1.0)
+        count = valid.sum(dim=-1)  # [B, L, H]
         pool = score.sort(dim=-1, descending=True).values[..., least:]
         wanted = (budget - least) * count[0].numel()
         order = pool.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :wanted]
@@ -379,11 +394,21 @@ class AttentionMatching(Method):
         old = torch.stack(known, dim=1)  # [B, L, H]
         first = ((count > budget) & (old == budget).all(dim=(1, 2), keepdim=True)).all(dim=(1, 2), keepdim=True)
         rooms = torch.where(first, least + given.view_as(count), old).to(torch.int32)
+        left = torch.minimum(count, rooms)
+        keep = None
+        if self.keys != "greedy":
+            now = stacked(x.now.expand_as(x.score) for x in seen)
+            free = (left - safe.sum(dim=-1)).unsqueeze(-1)
+            keep = self._marked(*(x.flatten(1, 2) for x in (score, now, valid, safe, free))).view_as(valid)
+        # The host waits for the device here, once, and then launches work ahead of it.
+        kept, cut = torch.stack([left, count > rooms]).cpu().unbind()
         shares = [mine.contiguous().to(slots.keys.device) for mine, slots in zip(rooms.unbind(1), layers, strict=True)]
-        most = torch.minimum(count, rooms).amax(dim=(0, 2)).tolist()  # of all layers at once: the host waits for it
-        # These know of no peers, so that all is let go.
-        seen = [dataclasses.replace(step.found, most=n) for step, n in zip(steps, most, strict=True)]
-        told = [dataclasses.replace(x, rooms=y, found=z) for x, y, z in zip(steps, shares, seen, strict=True)]
+        told = []
+        for i, (slots, step) in enumerate(zip(layers, steps, strict=True)):
+            mine = None if keep is None else keep[:, i, :, size - slots.size :].to(slots.keys.device)
+            # These know of no peers, so that all is let go.
+            found = dataclasses.replace(step.found, left=kept[:, i], cut=cut[:, i], keep=mine)
+            told.append(dataclasses.replace(step, rooms=shares[i], found=found))
         peers = _Peers(self, budget, list(zip(layers, told, strict=True)))
         for step in steps:
             step.found.peers = peers
@@ -402,41 +427,53 @@ class AttentionMatching(Method):
         left = dataclasses.replace(self.base, **ends).compress(slots, goal, step)
         return _with_rows(left, slots, slots.valid.sum(dim=2) <= budget) if slots.ragged else left
 
-    def _chosen(
-        self, slots: Slots, seen: _Seen, budget: int, freed: int, rooms: Tensor | None, one_over: bool
-    ) -> Slots:
-        """The slots that are attended to most, of a head that holds more than it may.
+    def _chosen(self, slots: Slots, budget: int, step: Step, freed: int = 0) -> Tensor:
+        """`[B, H_kv, S]` bool: the slots that stay, those attended to most, of a head that holds more than it may.
 
         Args:
             slots: all.
-            seen: what queries see of them.
-            budget: slots that a head may have.
-            freed: slots that it is to have less.
-            rooms: `[B, H_kv]`, the slots that each may have, where they differ.
-            one_over: see `Step`.
+            budget: slots that a head may have, where `step.rooms` does not say how many each may.
+            step: the pass, with what was seen of the slots.
+            freed: slots that a head is to have less.
         """
-        score = seen.score
+        seen, rooms = step.found, step.rooms
         ends = self.sinks_of(budget), self.recent_of(budget)
         safe, room = protected(slots, *ends), budget if rooms is None else rooms.unsqueeze(-1)
-        if one_over:
-            wanted, most = room - freed, slots.size - 1 - freed
-            free = wanted - sum(ends)
+        if step.one_over:
+            free = room - freed - sum(ends)
         else:
             count = slots.valid.sum(dim=2, keepdim=True)
-            wanted, most = torch.where(count > room, room - freed, count), seen.most
-            free = wanted - safe.sum(dim=2, keepdim=True)
-        first = int(free * self.newest) if isinstance(free, int) else (free * self.newest).int()
-        keep = safe | top(seen.now.expand_as(score).contiguous(), slots.valid & ~safe, first)
+            free = torch.where(count > room, room - freed, count) - safe.sum(dim=2, keepdim=True)
+        pursue = None
         if self.keys == "greedy":
             shares = torch.cat([p for _, p in seen.asked.blocks(slots)], dim=3)
-            keep = keep | pursued(shares, keep, slots.valid, free - first)
-        else:
-            keep = keep | top(score, slots.valid & ~keep, free - first)
-        if most is None:
-            same = rooms is None and not (slots.ragged and freed)  # as many for each head, known without looking
-            most = min(budget - freed, slots.size) if same else int(wanted.max())
-        left = compact(slots, keep, most, whole=one_over and rooms is None)
-        return left if rooms is None else dataclasses.replace(left, ragged=True)
+            pursue = functools.partial(pursued, shares)
+        return self._marked(seen.score, seen.now.expand_as(seen.score), slots.valid, safe, free, pursue)
+
+    def _marked(
+        self,
+        score: Tensor,
+        now: Tensor,
+        valid: Tensor,
+        safe: Tensor,
+        free: Tensor | int,
+        pursue: Callable[[Tensor, Tensor, Tensor | int], Tensor] | None = None,
+    ) -> Tensor:
+        """`[B, H, S]` bool: the protected slots, what the newest query attends to most, then what all queries do.
+
+        Args:
+            score: `[B, H, S]`, what goes by `keys`.
+            now: `[B, H, S]`, the newest query's attention.
+            valid: `[B, H, S]`, filled slots.
+            safe: `[B, H, S]`, slots that stay in any case.
+            free: how many are to be chosen beside them, one number or `[B, H, 1]`.
+            pursue: chooses by marks, candidates and number instead of by the highest score.
+        """
+        first = int(free * self.newest) if isinstance(free, int) else (free.double() * self.newest).int()
+        keep = safe | top(now.contiguous(), valid & ~safe, first)
+        if pursue is not None:
+            return keep | pursue(keep, valid, free - first)
+        return keep | top(score, valid & ~keep, free - first)
 
     def reference(self, slots: Slots, step: Step, budget: int) -> Step:
         """The step whose queries are fitted to: `[B, H_kv, G, m, d]`, behind the newest token, so that they see all.
@@ -468,8 +505,9 @@ class AttentionMatching(Method):
             behind = behind.expand(len(places), -1)
             old, empty = torch.zeros_like(behind), (newest < 0).expand_as(behind)
         elif step.queries.shape[3] == 1 and places.shape[1] <= self.count:  # all of the window, and nothing is fitted
-            behind = torch.arange(places.shape[1] - 1, -1, -1, dtype=torch.int32, device=places.device)
             old, empty = places, places < 0
+            upto = (~empty).cumsum(dim=1)
+            behind = upto[:, -1:] - upto
         else:
             n, count = places.shape[1], _counted(places)
             rank, among, empty = _evenly(count, min(n, self.count))
@@ -502,47 +540,84 @@ class AttentionMatching(Method):
         normal = (-2 * (1 - radius).log()).sqrt() * (2 * math.pi * angle).cos()
         return (mean + normal.view(h, g, self.count, d).double() @ factor.mT).to(queries.dtype)
 
-    def _fit_by_size(
-        self,
-        left: list[Slots],
-        cut: list[Tensor],
-        asked: list[Step],
-        outputs: list[Tensor],
-        masses: list[Tensor],
-        budget: int,
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """`fit`, heads of like numbers of slots side by side; those that lost none, not in `cut` `[B, H_kv]`, are not.
+    def _fitted(self, left: Slots, layer: tuple[Slots, Step]) -> Slots:
+        """The slots that stay, fitted where a head lost any and could be fitted."""
+        slots, seen = layer[0], layer[1].found
+        values, bias, good = self.fit(left, seen.asked, seen.output, seen.lse)
+        cut = left.valid.sum(dim=2) < slots.valid.sum(dim=2)  # a row of a batch that still fits stays as it is
+        changed = (good & cut).unsqueeze(-1)
+        return dataclasses.replace(
+            left,
+            values=torch.where(changed.unsqueeze(-1), values, left.values),
+            stats={**left.stats, "bias": left.stats["bias"] + torch.where(changed, bias, 0.0)},
+            state=_counted_fallbacks(left.state, cut & ~good),
+        )
 
-        The shares of a group of heads, which may be of several layers, and the copies of their slots take no more
-        memory than those of all heads of a layer do with `budget` slots each, or than `_TOGETHER` says, and less than
-        half of it is empty.
+    def _fitted_by_size(self, left: list[FlatSlots], layers: list[tuple[Slots, Step]], budget: int) -> list[FlatSlots]:
+        """`_fitted`, heads of like numbers of slots side by side, which may be of several layers.
+
+        The shares of the heads that are fitted at a time, and the copies of their slots, take no more memory than those
+        of all heads of a layer do with `budget` slots each, or than `_TOGETHER` says, and less than half of it is
+        empty.
         """
-        b, h = cut[0].shape
-        fits = [
-            (x.values.clone(), torch.zeros_like(x.stats["bias"]), torch.ones_like(y))
-            for x, y in zip(left, cut, strict=True)
+        seen, (b, h), device = [step.found for _, step in layers], left[0].count.shape, left[0].count.device
+        kept = torch.stack([mine.count for mine in left])  # [L, B, H_kv]
+        cut = kept < torch.stack([slots.valid.sum(dim=2) for slots, _ in layers])
+        if any(x.left is None for x in seen):
+            numbers = (kept * cut).cpu()
+        else:
+            numbers = torch.stack([x.left * x.cut for x in seen])
+        order = (kept * cut).flatten().sort(stable=True).indices  # numbers of all heads, those of a layer in turn
+        end = kept.flatten().cumsum(0)[:, None]
+        begin = end - kept.flatten()[:, None]
+        empty = sum(mine.rows.positions.shape[0] for mine in left)  # a row behind all that holds nothing
+
+        def joined(parts: Iterable[Tensor], fill: int = 0) -> Tensor:
+            """The slots of all heads of all layers, `[N + 1, ...]`."""
+            parts = list(parts)
+            return torch.cat([*parts, parts[0].new_full((1, *parts[0].shape[1:]), fill)])
+
+        rows = [mine.rows for mine in left]
+        whole = {name: joined((getattr(x, name) for x in rows), -1 if name == "positions" else 0) for name in _SIDES}
+        stats = {name: joined(x.stats[name] for x in rows) for name in rows[0].stats}
+        queries, outputs, lse = (
+            torch.cat([x.flatten(0, 1) for x in parts]).unsqueeze(1)
+            for parts in ([x.asked.queries for x in seen], [x.output for x in seen], [x.lse for x in seen])
+        )
+        places = torch.cat([x.asked.query_positions for x in seen])
+        good = torch.ones(kept.numel(), dtype=torch.bool, device=device)
+        limit = max(b * h * budget, _TOGETHER // _bytes_of_slot(layers[0][0], seen[0].asked))
+        for part, width in _alike(numbers.flatten().sort().values.tolist(), limit):
+            heads = order[part]
+            slot = end[heads] - width + torch.arange(width, device=device)
+            slot = torch.where(slot < begin[heads], empty, slot).unsqueeze(1)  # [n, 1, width]
+            mine = Slots(
+                **{name: x[slot] for name, x in whole.items()},
+                stats={name: x[slot] for name, x in stats.items()},
+                dense=False,
+                ragged=True,
+            )
+            step = dataclasses.replace(seen[0].asked, queries=queries[heads], query_positions=places[heads // h])
+            values, bias, fits = self.fit(mine, step, outputs[heads], lse[heads])
+            good[heads], fits = fits[:, 0], fits.unsqueeze(-1)
+            whole["values"][slot] = torch.where(fits.unsqueeze(-1), values, mine.values)
+            stats["bias"][slot] = mine.stats["bias"] + torch.where(fits, bias, 0.0)
+        lengths = [len(x.positions) for x in rows] + [1]
+        found = zip(
+            left, whole["values"].split(lengths), stats["bias"].split(lengths), cut & ~good.view_as(cut), strict=False
+        )
+        return [
+            dataclasses.replace(
+                mine,
+                rows=dataclasses.replace(
+                    mine.rows,
+                    values=values,
+                    stats={**mine.rows.stats, "bias": bias},
+                    state=_counted_fallbacks(mine.rows.state, fell),
+                ),
+            )
+            for mine, values, bias, fell in found
         ]
-        counts = torch.stack([mine.valid.sum(dim=2) * lost for mine, lost in zip(left, cut, strict=True)])
-        count, order = (x.tolist() for x in torch.stack(counts.flatten().sort(stable=True)))
-        limit = max(b * h * budget, _TOGETHER // _bytes_of_slot(left[0], asked[0]))
-        for part, width in _alike(count, limit):
-            heads = [(*divmod(row, b * h), row % (b * h) // h) for row in order[part]]  # layer, head of it, its row
-            step = dataclasses.replace(
-                asked[0],
-                queries=torch.stack([asked[layer].queries.flatten(0, 1)[head] for layer, head, _ in heads])[:, None],
-                query_positions=torch.stack([asked[layer].query_positions[row] for layer, _, row in heads]),
-            )
-            output, lse = (
-                torch.stack([x[layer].flatten(0, 1)[head] for layer, head, _ in heads])[:, None]
-                for x in (outputs, masses)
-            )
-            found = self.fit(_side_by_side([(left[layer], head) for layer, head, _ in heads], width), step, output, lse)
-            for (layer, head, _), mine in zip(heads, zip(*found, strict=True), strict=True):
-                n = min(width, left[layer].size)
-                for whole, new in zip(fits[layer], mine, strict=True):
-                    one = whole.flatten(0, 1)[head]
-                    one[-n:].copy_(new[0, -n:]) if one.dim() else one.copy_(new[0])
-        return fits
 
     def fit(self, left: Slots, asked: Step, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the kept slots should have.
@@ -586,20 +661,28 @@ class _Seen:
 
     Attributes:
         asked: the reference queries that are fitted to.
+        output: `[B, H_kv, G, m, d_v]`, what they get from all slots; 0 for a place without a query.
+        lse: `[B, H_kv, G, m]`, log-sum-exp of their logits at all slots; +inf for a place without a query.
         score: `[B, H_kv, S]`, attention of all reference queries to each slot, or its square, summed over them; in rows
             where they are only some of the pass's queries, its mean with the slots of the tokens on either side. None
             with a method's `keys`.
         now: `[B, H_kv, S]`, or `[B, 1, S]` where it is the same for all heads, the newest query's attention to a slot's
             token, the mean over the heads of the layer that hold it, summed over a group; None with a method's `keys`.
         peers: the layers that this one shares its slots with, once they are shared out.
-        most: the most slots that a head is then left with.
+        left: `[B, H_kv]` on the host, the slots that each head is then left with, where that is known.
+        cut: `[B, H_kv]` on the host, whether it loses any.
+        keep: `[B, H_kv, S]` bool, which slots those are, where they were chosen for all layers at once.
     """
 
     asked: Step
+    output: Tensor
+    lse: Tensor
     score: Tensor | None = None
     now: Tensor | None = None
     peers: _Peers | None = None
-    most: int | None = None
+    left: Tensor | None = None
+    cut: Tensor | None = None
+    keep: Tensor | None = None
 
 
 class _Peers:
@@ -632,17 +715,9 @@ def _can_join(one: tuple[Slots, Step], other: tuple[Slots, Step]) -> bool:
     return same[0] == same[1] and one[0].keys.device == other[0].keys.device
 
 
-def _with_fit(left: Slots, cut: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> Slots:
-    """The slots with what was fitted to them, in the heads `[B, H_kv]` bool that lost any and could be fitted."""
-    values, bias, good = (x[:, :, -left.size :] if x.dim() > 2 else x for x in found)
-    changed = good & cut
-    known = left.state.get("fallbacks", torch.zeros_like(cut, dtype=torch.float32))
-    return dataclasses.replace(
-        left,
-        values=torch.where(changed[..., None, None], values, left.values),
-        stats={**left.stats, "bias": left.stats["bias"] + torch.where(changed[..., None], bias, 0.0)},
-        state={"fallbacks": known + (cut & ~good).float()},
-    )
+def _counted_fallbacks(state: Mapping[str, Tensor], fell: Tensor) -> dict[str, Tensor]:
+    """A layer's state after a fit in which heads `[B, H_kv]` bool fell back."""
+    return {"fallbacks": state.get("fallbacks", 0.0) + fell.float()}
 
 
 def _smoothed(score: Tensor, slots: Slots) -> Tensor:
@@ -664,30 +739,6 @@ def _by_token(score: Tensor, slots: Slots) -> Tensor:
     total, holders = (torch.zeros_like(score).scatter_add_(1, token, x) for x in (score, torch.ones_like(score)))
     mean = (total / holders.clamp_min(1)).gather(1, token)
     return torch.empty_like(mean).scatter_(1, order, mean).view_as(slots.positions)
-
-
-def _side_by_side(heads: list[tuple[Slots, int]], width: int) -> Slots:
-    """Heads, each given by its layer's slots and its number there, as rows with one head of `width` slots: a copy."""
-
-    def one(x: Tensor, head: int, fill: int) -> Tensor:
-        """The last slots of a head, of `[B, H_kv, S, ...]`."""
-        x = x.flatten(0, 1)[head, -width:]
-        short = width - len(x)
-        return torch.nn.functional.pad(x, (*[0] * (2 * x.dim() - 2), short, 0), value=fill) if short else x
-
-    def rows(of: Callable[[Slots], Tensor], fill: int = 0) -> Tensor:
-        """One side of all heads, `[N, 1, width, ...]`."""
-        return torch.stack([one(of(slots), head, fill) for slots, head in heads])[:, None]
-
-    return Slots(
-        keys=rows(lambda slots: slots.keys),
-        values=rows(lambda slots: slots.values),
-        positions=rows(lambda slots: slots.positions, -1),
-        cardinality=rows(lambda slots: slots.cardinality),
-        stats={name: rows(lambda slots, name=name: slots.stats[name]) for name in heads[0][0].stats},
-        dense=False,
-        ragged=True,
-    )
 
 
 def _bytes_of_slot(slots: Slots, asked: Step) -> int:
@@ -716,8 +767,23 @@ def _alike(counts: list[int], limit: int) -> list[tuple[slice, int]]:
 def _shares(asked: Step, lse: Tensor, slots: Slots) -> Tensor:
     """`[B, H_kv, G, m, S]`: each slot's share of the whole mass that the reference queries see."""
     with tf32(slots.keys.element_size() == 2):  # which numbers of 16 bits pass unrounded
-        parts = [found.sub_(lse[:, :, :, part, None]).exp_() for part, found in asked.logits(slots)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+        logits = _all_logits(asked, slots)
+    return logits.sub_(lse.unsqueeze(-1)).exp_()
+
+
+def _all_logits(asked: Step, slots: Slots) -> Tensor:
+    """`[B, H_kv, G, m, S]`: `Step.logits` of queries behind all slots, at once; a place without a query has some, too.
+
+    Since such a query sees every slot, only empty ones are hidden, which the bias does.
+    """
+    if asked.softcap is not None:
+        return torch.cat([found for _, found in asked.logits(slots)], dim=3)
+    wide = torch.promote_types(asked.queries.dtype, torch.float32)
+    keys, bias = asked.read_keys(slots).flatten(0, 1).to(wide), asked.bias(slots)
+    queries = asked.queries.flatten(2, 3).flatten(0, 1).to(wide)  # [B H_kv, G m, d]
+    start = keys.new_zeros(1, 1, 1) if bias is None else bias.to(wide).flatten(0, 1).unsqueeze(1)
+    logits = torch.baddbmm(start, queries, keys.mT, beta=int(bias is not None), alpha=asked.scale)
+    return logits.view(*asked.queries.shape[:4], -1)
 
 
 def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:
@@ -736,19 +802,40 @@ def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:
     )
 
 
-def _spread(asked: Step, size: int) -> Step:
-    """`size` of each row's reference queries, spread evenly over those that count, the newest among them."""
+def _some(asked: Step, output: Tensor, lse: Tensor, size: int) -> tuple[Step, Tensor, Tensor]:
+    """`size` of each row's reference queries, spread evenly over those that count, the newest among them.
+
+    Args:
+        asked: the reference queries, m of them.
+        output: `[B, H_kv, G, m, d_v]`, what they get.
+        lse: `[B, H_kv, G, m]`, their log-sum-exp.
+        size: how many are taken.
+
+    Returns:
+        All three of the queries that are taken.
+    """
     places = asked.query_positions
     m = places.shape[1]
     if m <= size:
-        return asked
+        return asked, output, lse
     count = _counted(places)
     _, rank, empty = _evenly(count, size)
     index = rank + torch.where(rank < count // 2, m // 2 - count // 2, m - count)  # see `_in_halves`
     index = index.clamp(0, m - 1)
-    column = index[:, None, None, :, None].expand(*asked.queries.shape[:3], size, asked.queries.shape[4])
-    places = places.gather(1, index).masked_fill(empty, -1)
-    return dataclasses.replace(asked, queries=asked.queries.gather(3, column), query_positions=places)
+
+    def taken(x: Tensor) -> Tensor:
+        """Of `[B, H_kv, G, m, ...]`."""
+        column = index.view(len(index), 1, 1, size, *[1] * (x.dim() - 4))
+        return x.gather(3, column.expand(*x.shape[:3], size, *x.shape[4:]))
+
+    nobody = empty[:, None, None]
+    return (
+        dataclasses.replace(
+            asked, queries=taken(asked.queries), query_positions=places.gather(1, index).masked_fill(empty, -1)
+        ),
+        taken(output).masked_fill(nobody.unsqueeze(-1), 0.0),
+        taken(lse).masked_fill(nobody, torch.inf),
+    )
 
 
 def _counted(places: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class AttentionMatching(Oracle):
         least: float = 0.1,
         queries: str = "prompt",
         count: int = 2048,
-        fitted: int = 128,
+        fitted: int = 64,
         ahead: int = 128,
         window: int = 2,
         rounds: int = 10,
