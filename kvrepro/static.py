@@ -27,7 +27,7 @@ from kvrepro.rope import Rotation
 from kvrepro.slots import Slots, partition, take, uniform
 
 #: Side vectors that fixed storage holds.
-SIDES = ("mass", "count", "bias")
+SIDES = ("mass", "count", "bias", "last")
 #: What it holds of every slot in any case.
 _VECTORS = ("keys", "values", "positions", "cardinality", "place")
 
@@ -48,6 +48,8 @@ class StaticSlots:
         mass: `[B, H_kv, S]` float32, attention received so far (where the rule asks for it, else empty).
         count: `[B, H_kv, S]` float32, queries that saw the slot (likewise).
         bias: `[B, H_kv, S]` float32, added to the slot's logit (where the method keeps it, else empty).
+        last: `[B, H_kv, S]` float32, the newest query's attention, averaged over the layer's query heads (likewise);
+            then all heads hold the same slots at the same places.
         free: `[B, H_kv]` int32, the slot the next token is written into.
         filled: `[B, H_kv]` int32, slots in use; they are the first ones until the budget is reached.
         newest: `[B]` int32, position of the token that comes next.
@@ -76,6 +78,7 @@ class StaticSlots:
     mass: Tensor
     count: Tensor
     bias: Tensor
+    last: Tensor
     free: Tensor
     filled: Tensor
     newest: Tensor
@@ -402,6 +405,8 @@ def step_reference(
         static.mass += (p.mean(dim=2) if static.reduce is None else static.reduce(p)).float()
     if static.counting and static.count.numel():
         static.count += valid
+    if static.counting and static.last.numel():
+        static.last.copy_(p.mean(dim=(1, 2)).unsqueeze(1).expand_as(static.last))
     _settle(static, valid)
     return out.to(queries.dtype)
 
@@ -453,7 +458,9 @@ def _leaving(static: StaticSlots, valid: Tensor) -> Tensor:
     rule = static.rule
     if rule.score == "age":
         return torch.full_like(static.free, rule.sinks).unsqueeze(-1)
-    score = static.mass if rule.score == "mass" else static.mass / static.count.clamp_min(1.0)
+    score = static.last if rule.score == "last" else static.mass
+    if rule.score == "mean":
+        score = static.mass / static.count.clamp_min(1.0)
     candidate = valid & (static.place >= rule.sinks) & (static.place <= static.filled.unsqueeze(-1) - rule.recent)
     score = score.masked_fill(~candidate, torch.inf)
     lowest = candidate & (score == score.amin(dim=2, keepdim=True))

@@ -29,7 +29,10 @@ RULES = {
     "evicting": StepRule("mean", sinks=1, recent=4),
     "cam": StepRule("age", merge="next", sinks=2, recent=19, targets=4, seed=-3, stream=1),
     "weightedkv": StepRule("mean", merge="right", sinks=1, recent=4),
+    "tova": StepRule("last", sinks=1, recent=4),
 }
+#: Those under which the heads of a row may hold different slots.
+APART = [name for name, rule in RULES.items() if rule.score != "last"]
 #: Rules and what else the kernel does with the slots: raise logits by log(cardinality), positions by tokens, counting.
 APPENDING = {
     "biased": {"biased": True},
@@ -76,7 +79,8 @@ def storage(
         budget += 40
         rooms = None if rooms is None else rooms + 40
     budget = budget if rooms is None else rooms.int()
-    return static.freeze_shape(slots, budget, rule, newest, static.SIDES[: 3 if own else 2], rotation, **more)
+    names = (*static.SIDES[: 3 if own else 2], *(["last"] if rule.score == "last" else []))
+    return static.freeze_shape(slots, budget, rule, newest, names, rotation, **more)
 
 
 def cast(slots: static.StaticSlots, dtype: torch.dtype) -> static.StaticSlots:
@@ -114,15 +118,15 @@ def test_kernel_keeps_the_same_slots_as_its_twin(name: str, turns: bool) -> None
     assert torch.equal(a.positions, b.positions)
     for field in ("keys", "values"):
         torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=1e-4, atol=1e-5)
-    if RULES[name].score in ("mass", "mean"):
-        torch.testing.assert_close(a.stats["mass"], b.stats["mass"], rtol=1e-4, atol=1e-5)
+    for side in a.stats:
+        torch.testing.assert_close(a.stats[side], b.stats[side], rtol=1e-4, atol=1e-5)
 
 
 ROOMS = torch.tensor([[5, 21], [70, 13]])
 
 
 @pytest.mark.parametrize("turns", [False, True])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", APART)
 def test_heads_with_rooms_of_their_own(name: str, turns: bool) -> None:
     """Regions of different lengths, in the kernel and in its twin, and equal ones beside even storage."""
     torch.manual_seed(len(name))
@@ -345,3 +349,45 @@ def test_one_slot_leaves_as_cam_compresses(targets: int, dtype: torch.dtype) -> 
     gave = (got.values != old[:, :, [0, 1, *range(3, 22)]]).any(dim=3)
     assert 0 < int(gave[..., 2].sum()) < 40  # some did, and some did not
     assert torch.equal(gave.sum(dim=2), gave[..., 2] * min(targets, 19))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"scan_tile": 16, "settle_tile": 16}], ids=["one tile", "several"])
+@pytest.mark.parametrize("rule", [RULES["tova"], StepRule("none")], ids=["evicting", "appending"])
+def test_attention_averaged_over_the_heads_of_a_layer(
+    rule: StepRule, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four heads of each row agree on what leaves, in the kernel and in its twin, while rows fill up, too."""
+    for name, size in sizes.items():
+        monkeypatch.setitem(decode.CONFIG, name, size)
+    torch.manual_seed(11)
+    exact = storage(dataclasses.replace(RULES["tova"]), h=4, budget=40, filled=(40, 37))
+    exact = dataclasses.replace(exact, rule=rule, budget=exact.budget + (20 if rule.score == "none" else 0))
+    if rule.score == "none":
+        held = static.thaw(exact)
+        exact = static.freeze_shape(held, 60, rule, exact.newest, ("last", "bias"), None)
+    ours, twin = cast(exact, torch.float32), cast(exact, torch.float32)
+    for _ in range(14):
+        new = [x.float() for x in tokens(exact, 2)]
+        got, want = (f(x, *new, 0.125, None) for f, x in ((decode.step, ours), (static.step_reference, twin)))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*(torch.where(x.place >= 0, x.last, 0) for x in (ours, twin)), rtol=1e-4, atol=1e-6)
+        for x in (ours, twin):
+            assert bool((x.last == x.last[:, :1]).all()) and bool((x.place == x.place[:, :1]).all())
+            x.newest += 1
+        assert torch.equal(ours.free, twin.free) and torch.equal(ours.place, twin.place)
+    assert torch.equal(static.thaw(ours).positions, static.thaw(twin).positions)
+    assert int(ours.done.abs().sum()) == 0
+
+
+def test_one_slot_leaves_as_tova_compresses() -> None:
+    """The same slot, and of equal scores the same one."""
+    method = methods.create("tova", sinks=1)
+    fixed = storage(method.step_rule(21), b=1, h=3, filled=(21,))
+    static._write(fixed, *tokens(fixed, 1)[1:])
+    fixed.last[:] = torch.randint(0, 5, (22,))
+    step = Step(queries=torch.empty(0), query_positions=fixed.newest[:, None], scale=1.0)
+    want = method.compress(static.full(copy.deepcopy(fixed)), 21, step)
+    static._settle(fixed, torch.ones_like(fixed.place, dtype=torch.bool))
+    got = static.thaw(fixed)
+    for name in ("positions", "cardinality", "keys", "values"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name

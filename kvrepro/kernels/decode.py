@@ -4,6 +4,7 @@ Two launches. `_attend` walks over the slots in splits (flash decoding): it writ
 turns keys to their in-cache positions, and leaves each split's partial output and, where the method asks for attention,
 the logits. `_settle` joins the splits; beside that, other programs add the probabilities to the slots' sums, and the
 last of a KV head finds the slot that leaves and merges its value into its right neighbour's or into the next ones'.
+Where the newest query's attention is averaged over a layer's heads, the last program of a row does so for them all.
 
 The twin is `static.step_reference`.
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 #: How a slot's score is formed; the lowest leaves.
-SCORES = {"none": 0, "age": 1, "mass": 2, "mean": 3}
+SCORES = {"none": 0, "age": 1, "mass": 2, "mean": 3, "last": 4}
 #: What becomes of the value that leaves.
 MERGES = {"": 0, "right": 1, "next": 2}
 #: Slots a tile of `_attend` holds, slots counted, scanned and added to at a time by `_settle`, most splits a head is
@@ -147,11 +148,12 @@ def _join(
 
 @triton.jit
 def _count(
-    logit_ptr, max_ptr, sum_ptr, place_ptr, mass_ptr, count_ptr, low_ptr, where_ptr, at_ptr,
+    logit_ptr, max_ptr, sum_ptr, place_ptr, mass_ptr, count_ptr, last_ptr, low_ptr, where_ptr, at_ptr,
     head, first, piece, pieces, free, filled, size, wide, sinks, recent, splits,
-    G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, SCORE: tl.constexpr, COUNT: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, SCORE: tl.constexpr,
+    MASS: tl.constexpr, COUNT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Add this step's attention to a block of slots, and note the one with the lowest score among them."""
+    """Add this step's attention to a block of slots, or note it, and the one with the lowest score among them."""
     part, group = tl.arange(0, SP), tl.arange(0, GP)
     index = (head * splits + part[:, None]) * G + group[None, :]
     known = (part[:, None] < splits) & (group[None, :] < G)
@@ -167,15 +169,18 @@ def _count(
         mask=(group[:, None] < G) & valid[None, :], other=-float("inf"),
     )  # fmt: skip
     seen = tl.sum(tl.exp2(logit - lse[:, None]), 0) / G
-    mass = tl.load(mass_ptr + first + slot, mask=old, other=0.0) + seen
-    tl.store(mass_ptr + first + slot, mass, mask=valid)
-    score = mass
+    score = seen
+    if LAST:
+        tl.store(last_ptr + first + slot, seen, mask=valid)
+    if MASS:
+        score += tl.load(mass_ptr + first + slot, mask=old, other=0.0)
+        tl.store(mass_ptr + first + slot, score, mask=valid)
     if COUNT:
         count = tl.load(count_ptr + first + slot, mask=old, other=0.0) + 1.0
         tl.store(count_ptr + first + slot, count, mask=valid)
         if SCORE == 3:
-            score = mass / count
-    if SCORE > 1:
+            score /= count
+    if (SCORE == 2) | (SCORE == 3):
         place = tl.load(place_ptr + first + slot, mask=old, other=filled)
         candidate = valid & (place >= sinks) & (place <= filled - recent)
         score = tl.where(candidate, score, float("inf"))
@@ -185,6 +190,39 @@ def _count(
         tl.store(low_ptr + head * pieces + piece, low)
         tl.store(where_ptr + head * pieces + piece, where)
         tl.store(at_ptr + head * pieces + piece, tl.sum(tl.where(candidate & (place == where), slot, 0), 0))
+
+
+@triton.jit
+def _average(
+    last_ptr, place_ptr, first_ptr, base, heads, free, filled, size, sinks, recent, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Average a row's newest attention over its heads from `base` on; place and index of the slot with the lowest."""
+    least, leaves, victim = float("inf"), 2147483647, 0
+    for start in range(0, tl.minimum(filled + 1, size), BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        valid = (slot < size) & (slot <= filled)
+        total = tl.zeros([BLOCK], tl.float32)
+        for k in range(0, heads):
+            first = tl.load(first_ptr + base + k)
+            total += tl.load(last_ptr + first + slot, mask=valid, other=0.0, cache_modifier=".cg")
+        mean = total / heads
+        for k in range(0, heads):
+            first = tl.load(first_ptr + base + k)
+            tl.store(last_ptr + first + slot, mean, mask=valid)
+        row = tl.load(first_ptr + base) + slot
+        place = tl.load(place_ptr + row, mask=valid & (slot != free), other=filled)
+        candidate = valid & (place >= sinks) & (place <= filled - recent)
+        score = tl.where(candidate, mean, float("inf"))
+        low = tl.min(score, 0)
+        where = tl.min(tl.where(candidate & (score == low), place, 2147483647), 0)
+        at = tl.sum(tl.where(candidate & (place == where), slot, 0), 0)
+        better = (low < least) | ((low == least) & (where < leaves))
+        least, leaves, victim = (
+            tl.where(better, low, least),
+            tl.where(better, where, leaves),
+            tl.where(better, at, victim),
+        )
+    return leaves, victim
 
 
 @triton.jit
@@ -237,13 +275,16 @@ def _pass_on(
 @triton.jit
 def _let_go(
     v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, free_ptr, low_ptr, where_ptr, at_ptr, near_ptr,
-    head, h, first, pieces, size, filled, sinks, targets, seed, stream, layer,
+    head, h, first, pieces, size, filled, leaves, victim, targets, seed, stream, layer,
     D: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr, SCORE: tl.constexpr, MERGE: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Free the slot with the lowest score of all, its value joined to others' where the rule merges."""
-    leaves, victim, right = sinks, 0, 0
-    if SCORE > 1:
+    """Free the slot with the lowest score of all, its value joined to others' where the rule merges.
+
+    `leaves` is its place, where age decides, and `victim` its index, where the row's heads decided together.
+    """
+    right = 0
+    if (SCORE == 2) | (SCORE == 3):
         piece = tl.arange(0, PP)
         there = piece < pieces
         low = tl.load(low_ptr + head * pieces + piece, mask=there, other=float("inf"), cache_modifier=".cg")
@@ -286,12 +327,12 @@ def _let_go(
 
 @triton.jit(do_not_specialize=["targets", "seed", "stream", "layer"])
 def _settle(
-    out_ptr, acc_ptr, max_ptr, sum_ptr, logit_ptr, v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr,
+    out_ptr, acc_ptr, max_ptr, sum_ptr, logit_ptr, v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, last_ptr,
     free_ptr, filled_ptr, newest_ptr, bias_ptr, low_ptr, where_ptr, at_ptr, near_ptr, done_ptr,
     first_ptr, region_ptr, budget_ptr, heads, wide, sinks, recent, splits, pieces, targets, seed, stream, layer,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr,
     SCAN: tl.constexpr, SCORE: tl.constexpr, MERGE: tl.constexpr, TILE: tl.constexpr,
-    MASS: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr,
+    MASS: tl.constexpr, COUNT: tl.constexpr, LAST: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H_kv, G + pieces): G programs join a query head's splits, the others settle the slots.
 
@@ -304,32 +345,44 @@ def _settle(
         free = tl.load(free_ptr + head)
         filled = tl.load(filled_ptr + head)
         first, size = tl.load(first_ptr + head), tl.load(region_ptr + head)
-        arrived = pieces - 1
-        if MASS:
+        base, number = head, 1  # the heads that the last program settles
+        if LAST:
+            base, number = head // heads * heads, heads
+        ready = True
+        if MASS | LAST:
             _count(
-                logit_ptr, max_ptr, sum_ptr, place_ptr, mass_ptr, count_ptr, low_ptr, where_ptr, at_ptr,
+                logit_ptr, max_ptr, sum_ptr, place_ptr, mass_ptr, count_ptr, last_ptr, low_ptr, where_ptr, at_ptr,
                 head, first, role - G, pieces, free, filled, size, wide, sinks, recent, splits,
-                G, GP, SP, BLOCK, SCORE, COUNT,
+                G, GP, SP, BLOCK, SCORE, MASS, COUNT, LAST,
             )  # fmt: skip
             tl.debug_barrier()  # what all threads wrote comes before the sign that it is there
-            arrived = tl.atomic_add(done_ptr + head, 1, sem="acq_rel")
-        if arrived == pieces - 1:
-            tl.store(done_ptr + head, 0)
-            tl.store(pos_ptr + first + free, tl.load(newest_ptr + head // heads))
-            tl.store(card_ptr + first + free, 1)
-            tl.store(place_ptr + first + free, filled)
-            if OWN:
-                tl.store(bias_ptr + first + free, 0.0)
-            tl.debug_barrier()
-            if (SCORE > 0) & (filled >= tl.load(budget_ptr + head)):
-                _let_go(
-                    v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, free_ptr, low_ptr, where_ptr, at_ptr,
-                    near_ptr, head, head % heads, first, pieces, size, filled, sinks, targets, seed,
-                    stream, layer, D, PP, SCAN, SCORE, MERGE, TILE,
+            ready = tl.atomic_add(done_ptr + base, 1, sem="acq_rel") == number * pieces - 1
+        if ready:
+            tl.store(done_ptr + base, 0)
+            leaves, victim = sinks, 0
+            if LAST:
+                leaves, victim = _average(
+                    last_ptr, place_ptr, first_ptr, base, heads, free, filled, size, sinks, recent, SCAN
                 )  # fmt: skip
-            else:
-                tl.store(free_ptr + head, filled + 1)
-                tl.store(filled_ptr + head, filled + 1)
+                tl.debug_barrier()  # places are read above and written below by other threads
+            for k in range(0, number):
+                mine = base + k
+                first = tl.load(first_ptr + mine)
+                tl.store(pos_ptr + first + free, tl.load(newest_ptr + head // heads))
+                tl.store(card_ptr + first + free, 1)
+                tl.store(place_ptr + first + free, filled)
+                if OWN:
+                    tl.store(bias_ptr + first + free, 0.0)
+                tl.debug_barrier()
+                if (SCORE > 0) & (filled >= tl.load(budget_ptr + mine)):
+                    _let_go(
+                        v_ptr, pos_ptr, place_ptr, card_ptr, mass_ptr, count_ptr, free_ptr, low_ptr, where_ptr, at_ptr,
+                        near_ptr, mine, mine % heads, first, pieces, size, filled, leaves, victim, targets, seed,
+                        stream, layer, D, PP, SCAN, SCORE, MERGE, TILE,
+                    )  # fmt: skip
+                else:
+                    tl.store(free_ptr + mine, filled + 1)
+                    tl.store(filled_ptr + mine, filled + 1)
 
 
 @on_its_device
@@ -355,12 +408,12 @@ def step(
     splits = min(triton.cdiv(size, tile), max(1, triton.cdiv(2 * _processors(queries), b * h)), CONFIG["splits"])
     span = triton.cdiv(triton.cdiv(size, tile), splits) * tile
     splits = triton.cdiv(size, span)
-    mass, count = (slots.counting and x.numel() > 0 for x in (slots.mass, slots.count))
+    mass, count, last = (slots.counting and x.numel() > 0 for x in (slots.mass, slots.count, slots.last))
     own = slots.bias.numel() > 0
     new = queries.new_empty
     acc = new(b, h, splits, g, d, dtype=torch.float32)
     best, total = new(2, b, h, splits, g, dtype=torch.float32)
-    logits = new(b, h, g, size if mass else 0, dtype=torch.float32)
+    logits = new(b, h, g, size if mass or last else 0, dtype=torch.float32)
     out = new(b, h, g, d)
     groups = max(16, triton.next_power_of_2(g))
     flat = queries.reshape(b, h * g, d)
@@ -370,26 +423,26 @@ def step(
         slots.filled, slots.newest, slots.frequencies, slots.bias, logits, acc, best, total,
         slots.first, slots.regions, flat.stride(0), flat.stride(1), keys.stride(0), keys.stride(1), values.stride(0),
         values.stride(1), h, size, span, scale, softcap or 0.0,
-        G=g, GP=groups, D=d, BLOCK=tile, ROTATE=slots.turns, STATS=mass, CAPPED=softcap is not None,
+        G=g, GP=groups, D=d, BLOCK=tile, ROTATE=slots.turns, STATS=mass or last, CAPPED=softcap is not None,
         BIASED=slots.biased, OWN=own, EXACT=queries.dtype == torch.float32, STAGES=CONFIG["stages"],
         num_warps=CONFIG["attend_warps"],
     )  # fmt: skip
     block = CONFIG["settle_tile"]
-    pieces = triton.cdiv(size, block) if mass else 1
+    pieces = triton.cdiv(size, block) if mass or last else 1
     low, where, at = new(b, h, pieces, dtype=torch.float32), *new(2, b, h, pieces, dtype=torch.int32)
     rule = slots.rule
     targets = rule.targets if rule.merge == "next" else 0
     near = new(b, h, targets, dtype=torch.int32)
     _settle[(b * h, g + pieces)](
         out, acc, best, total, logits, slots.values, slots.positions, slots.place, slots.cardinality, slots.mass,
-        slots.count, slots.free, slots.filled, slots.newest, slots.bias, low, where, at, near, slots.done,
+        slots.count, slots.last, slots.free, slots.filled, slots.newest, slots.bias, low, where, at, near, slots.done,
         slots.first, slots.regions, slots.budget, h, size, rule.sinks, rule.recent, splits, pieces,
         targets, _signed(rule.seed), rule.stream, slots.layer,
         G=g, GP=triton.next_power_of_2(g), D=d, SP=max(2, triton.next_power_of_2(splits)),
         PP=max(2, triton.next_power_of_2(pieces)), BLOCK=block,
         SCAN=min(CONFIG["scan_tile"], max(16, triton.next_power_of_2(size))),
         SCORE=SCORES[rule.score], MERGE=MERGES[rule.merge], TILE=CONFIG["pass_tile"],
-        MASS=mass, COUNT=count, OWN=own,
+        MASS=mass, COUNT=count, LAST=last, OWN=own,
         num_warps=CONFIG["settle_warps"],
     )  # fmt: skip
     return out

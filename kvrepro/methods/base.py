@@ -67,7 +67,8 @@ class StepRule:
 
     Attributes:
         score: the slot with the lowest one leaves: `"age"` (the oldest), `"mass"` (attention received), `"mean"` (the
-            same over the queries that saw it), or `"none"` (nothing ever leaves).
+            same over the queries that saw it), `"last"` (the newest query's attention, averaged over all query heads of
+            the layer, whose heads must hold the same slots), or `"none"` (nothing ever leaves).
         merge: what becomes of the value that leaves: `""` (it goes too), `"right"` (it joins its right neighbour's,
             weighted by mean attention: WeightedKV, Alg. 1), or `"next"` (a share of it is added to each of the next
             slots' or to none, at random: CaM).
@@ -199,7 +200,10 @@ class Method:
 
     @property
     def sums(self) -> bool:
-        """Whether `accumulate` does what `Method`'s does: it adds up attention and queries, and no more."""
+        """Whether `static.step` can do what `accumulate` does: add up attention and queries as `Method`'s, and no more.
+
+        Or it notes in `"last"` the newest query's attention, averaged over all query heads of the layer.
+        """
         return type(self).accumulate is Method.accumulate
 
     def sinks_of(self, budget: int) -> int:

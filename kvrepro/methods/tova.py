@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvrepro.attention import Step
-from kvrepro.methods.base import Method, option
+from kvrepro.methods.base import Method, StepRule, option
 from kvrepro.slots import Slots, compact, select
 
 
@@ -36,6 +36,17 @@ class TOVA(Method):
         """Remember the newest query's attention, averaged over all query heads of the layer."""
         row = found["last"].mean(dim=(1, 2), keepdim=True).squeeze(2).float()  # [B, 1, S]
         return dataclasses.replace(slots, stats={"last": row.expand(-1, slots.keys.shape[1], -1).contiguous()})
+
+    @property
+    def sums(self) -> bool:
+        """What it notes, `static.step` can note."""
+        return type(self).accumulate is TOVA.accumulate
+
+    def step_rule(self, budget: int) -> StepRule | None:
+        """The slot that the newest query attends to least goes; cumulative positions are left to `compress`."""
+        if self.positions == "cardinality":
+            return None
+        return StepRule("last", sinks=self.sinks, recent=self.recent_of(budget))
 
     def steady(self, budget: int, arrived: int = 1) -> bool:
         """A step is the same work whatever the slots hold."""
