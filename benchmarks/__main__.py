@@ -37,7 +37,7 @@ FULL: Plan = {
     "compiled": [{"slots": [1024, 8192], "methods": WRITE, "compile": True, "peers": False}],
     "decode": [
         {"slots": [1024, 8192], "methods": [], "blocks": 2, "steps": 32, "generate": ["weightedkv"]},
-        {"slots": [1024, 8192], "methods": ["streaming_llm", "weightedkv", *BIASED], "peers": False},
+        {"slots": [1024, 8192], "methods": ["streaming_llm", "tova", "weightedkv", *BIASED], "peers": False},
         {"slots": 1024, "methods": FITTED, "peers": False},  # slots are chosen every 64 steps
         {"slots": 8192, "methods": FITTED, "steps": 512, "blocks": 2, "peers": False},  # every 512
         {"slots": 32768, "methods": SOME, "peers": False},

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from kvrepro.attention import Step
 from kvrepro.cache import CompressedCache, CompressedLayer
 from kvrepro.methods.base import Method, StepRule
-from kvrepro.slots import FlatSlots, Slots, take
+from kvrepro.slots import Slots, take
 from kvrepro.static import StaticSlots
 
 #: Bits of a code.
@@ -228,8 +228,7 @@ class QuantisedLayer(CompressedLayer):
         return None if self._packed is None else self._packed.unpacked(self.form.bits)
 
     @slots.setter
-    def slots(self, slots: Slots | FlatSlots | None) -> None:
-        slots = slots.spread() if isinstance(slots, FlatSlots) else slots
+    def slots(self, slots: Slots | None) -> None:
         if self._opened:
             self._open = slots
         else:

@@ -352,7 +352,7 @@ class AttentionMatching(Method):
             score = torch.where(sampled[..., None], _smoothed(score, slots), score)
         now = observe(step.last(1), slots).mass if self.queries == "gaussian" else seen.newest()
         found = asked, seen.output, seen.lse
-        if step.queries.shape[3] > 1:  # while decoding, nothing is fitted
+        if step.queries.shape[3] > 1 or self.queries == "gaussian":  # the window's are few, and nothing is fitted
             found = _some(*found, self.fitted)
         return _Seen(*found, score, _by_token(now, slots))
 
@@ -376,14 +376,14 @@ class AttentionMatching(Method):
 
         pad = torch.nn.functional.pad
 
-        def stacked(parts: Iterable[Tensor], empty: float = -1.0) -> Tensor:
-            """`[B, L, H, S]` of each layer's `[B, H, S]`."""
+        def stacked(parts: Iterable[Tensor]) -> Tensor:
+            """`[B, L, H, S]` of each layer's `[B, H, S]`, zeros in front of a shorter one."""
             more = ((x.to(device), size - x.shape[2]) for x in parts)
-            return torch.stack([pad(x, (n, 0), value=empty) if n else x for x, n in more], dim=1)
+            return torch.stack([pad(x, (n, 0)) if n else x for x, n in more], dim=1)
 
         seen = [step.found for step in steps]
-        valid = stacked((slots.valid for slots in layers), 0)
-        safe = stacked((protected(slots, *ends) for slots in layers), 0)
+        valid = stacked(slots.valid for slots in layers)
+        safe = stacked(protected(slots, *ends) for slots in layers)
         score = stacked(x.score for x in seen).masked_fill(safe, torch.inf).masked_fill(~valid, -1.0)
         count = valid.sum(dim=-1)  # [B, L, H]
         pool = score.sort(dim=-1, descending=True).values[..., least:]
@@ -400,14 +400,14 @@ class AttentionMatching(Method):
             now = stacked(x.now.expand_as(x.score) for x in seen)
             free = (left - safe.sum(dim=-1)).unsqueeze(-1)
             keep = self._marked(*(x.flatten(1, 2) for x in (score, now, valid, safe, free))).view_as(valid)
-        # The host waits for the device here, once, and then launches work ahead of it.
-        kept, cut = torch.stack([left, count > rooms]).cpu().unbind()
+        # The host waits for all that it needs to know, and then launches work ahead of the device.
+        kept, fits = torch.stack([left, left * (count > rooms)]).cpu().unbind()
         shares = [mine.contiguous().to(slots.keys.device) for mine, slots in zip(rooms.unbind(1), layers, strict=True)]
         told = []
         for i, (slots, step) in enumerate(zip(layers, steps, strict=True)):
             mine = None if keep is None else keep[:, i, :, size - slots.size :].to(slots.keys.device)
             # These know of no peers, so that all is let go.
-            found = dataclasses.replace(step.found, left=kept[:, i], cut=cut[:, i], keep=mine)
+            found = dataclasses.replace(step.found, left=kept[:, i], fits=fits[:, i], keep=mine)
             told.append(dataclasses.replace(step, rooms=shares[i], found=found))
         peers = _Peers(self, budget, list(zip(layers, told, strict=True)))
         for step in steps:
@@ -563,10 +563,7 @@ class AttentionMatching(Method):
         seen, (b, h), device = [step.found for _, step in layers], left[0].count.shape, left[0].count.device
         kept = torch.stack([mine.count for mine in left])  # [L, B, H_kv]
         cut = kept < torch.stack([slots.valid.sum(dim=2) for slots, _ in layers])
-        if any(x.left is None for x in seen):
-            numbers = (kept * cut).cpu()
-        else:
-            numbers = torch.stack([x.left * x.cut for x in seen])
+        numbers = (kept * cut).cpu() if any(x.fits is None for x in seen) else torch.stack([x.fits for x in seen])
         order = (kept * cut).flatten().sort(stable=True).indices  # numbers of all heads, those of a layer in turn
         end = kept.flatten().cumsum(0)[:, None]
         begin = end - kept.flatten()[:, None]
@@ -602,22 +599,20 @@ class AttentionMatching(Method):
             good[heads], fits = fits[:, 0], fits.unsqueeze(-1)
             whole["values"][slot] = torch.where(fits.unsqueeze(-1), values, mine.values)
             stats["bias"][slot] = mine.stats["bias"] + torch.where(fits, bias, 0.0)
-        lengths = [len(x.positions) for x in rows] + [1]
-        found = zip(
-            left, whole["values"].split(lengths), stats["bias"].split(lengths), cut & ~good.view_as(cut), strict=False
-        )
-        return [
+        lengths = [len(x.positions) for x in rows]
+        values, biases = (x[:-1].split(lengths) for x in (whole["values"], stats["bias"]))
+        fell = cut & ~good.view_as(cut)
+        # Copies, so that a layer holds no other's memory.
+        new = [
             dataclasses.replace(
                 mine,
-                rows=dataclasses.replace(
-                    mine.rows,
-                    values=values,
-                    stats={**mine.rows.stats, "bias": bias},
-                    state=_counted_fallbacks(mine.rows.state, fell),
-                ),
+                values=values[i].clone(),
+                stats={**mine.stats, "bias": biases[i].clone()},
+                state=_counted_fallbacks(mine.state, fell[i]),
             )
-            for mine, values, bias, fell in found
+            for i, mine in enumerate(rows)
         ]
+        return [dataclasses.replace(mine, rows=its) for mine, its in zip(left, new, strict=True)]
 
     def fit(self, left: Slots, asked: Step, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the kept slots should have.
@@ -670,7 +665,7 @@ class _Seen:
             token, the mean over the heads of the layer that hold it, summed over a group; None with a method's `keys`.
         peers: the layers that this one shares its slots with, once they are shared out.
         left: `[B, H_kv]` on the host, the slots that each head is then left with, where that is known.
-        cut: `[B, H_kv]` on the host, whether it loses any.
+        fits: `[B, H_kv]` on the host, how many of these are fitted: none of a head that loses none.
         keep: `[B, H_kv, S]` bool, which slots those are, where they were chosen for all layers at once.
     """
 
@@ -681,7 +676,7 @@ class _Seen:
     now: Tensor | None = None
     peers: _Peers | None = None
     left: Tensor | None = None
-    cut: Tensor | None = None
+    fits: Tensor | None = None
     keep: Tensor | None = None
 
 
