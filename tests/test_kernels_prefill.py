@@ -371,15 +371,17 @@ def test_decoding_compiles_for_a_gpu(tmp_path: Path) -> None:
         "from kvrepro.methods.base import StepRule\n"
         "from kvrepro.slots import Slots\n"
         "k, ones = torch.randn(1, 2, 300, 128).bfloat16(), torch.ones(1, 2, 300, dtype=torch.int32)\n"
-        "slots = Slots(k, k, ones, ones, {name: ones.float() for name in ('mass', 'count')})\n"
+        "slots = Slots(k, k, ones, ones, {name: ones.float() for name in ('mass', 'count', 'last')})\n"
         "following = StepRule('age', merge='next', sinks=4, recent=296, targets=16, seed=-1, stream=1)\n"
-        "for rule, names in ((StepRule('mean', merge='right'), ('mass', 'count')), (following, ('mass',))):\n"
+        "last = StepRule('last', sinks=1)\n"
+        "joining = StepRule('mean', merge='right')\n"
+        "for rule, names in ((joining, ('mass', 'count')), (following, ('mass',)), (last, ('last',))):\n"
         "    fixed = static.freeze_shape(slots, 300, rule, ones[0, :1, 0], names, None, layer=1)\n"
         "    q = torch.randn(1, 2, 4, 128).bfloat16()\n"
         "    decode.step(fixed, q, k[:, :, 0], k[:, :, 0], 0.1, None)\n",
         encoding="utf-8",
     )
-    compile_script(script, launches=4)
+    compile_script(script, launches=6)
 
 
 def compile_script(script: Path, launches: int) -> None:
