@@ -65,9 +65,17 @@ def tf32(on: bool) -> Iterator[None]:
         setattr(matmul, name, before)
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """``[B, H_kv, G, m, ...]`` as ``[B, H_kv, m G, ...]``, a view where x is the transpose of ``[B, H_kv, m, G, ...]``.
+
+    So is a half of the queries then, which would be copied if a query head's came one after the other.
+    """
+    return x.transpose(2, 3).flatten(2, 3)
+
+
 def mixed(p: Tensor, values: Tensor) -> Tensor:
     """Attention ``[B, H_kv, G, m, S]`` times values ``[B, H_kv, S, d]``."""
-    return (p.flatten(2, 3) @ values.to(p.dtype)).unflatten(2, p.shape[2:4])
+    return (in_rows(p) @ values.to(p.dtype)).unflatten(2, (p.shape[3], p.shape[2])).transpose(2, 3)
 
 
 def best_values(p: Tensor, target: Tensor, start: Tensor, ridges: Sequence[float] = RIDGES) -> Tensor:
@@ -137,7 +145,7 @@ def _primal(p: Tensor, rest: Tensor, ridges: Sequence[float], columns: int | Ten
         ridges: Ridges to choose from.
         columns: Number of columns of P that count, one for all or ``[B, H]``.
     """
-    rows, lacks = ([x[:, :, :, part].flatten(2, 3) for part in _halves(p)] for x in (p, rest))
+    rows, lacks = ([in_rows(x[:, :, :, part]) for part in _halves(p)] for x in (p, rest))
     gram, judges = ((x.mT @ x).double() for x in rows)
     moment, wishes = (x.mT.double() @ y for x, y in zip(rows, lacks, strict=True))
 
@@ -152,12 +160,11 @@ def _primal(p: Tensor, rest: Tensor, ridges: Sequence[float], columns: int | Ten
 
 def _dual(p: Tensor, rest: Tensor, ridges: Sequence[float], columns: int | Tensor) -> tuple[Tensor, Tensor]:
     """:func:`_primal` by systems of as many equations as there are queries: X = P'(PP' + r)^-1 R."""
-    rows, rest = p.flatten(2, 3), rest.flatten(2, 3)
+    half = p.shape[2] * (p.shape[3] // 2)  # rows of the first half
+    rows, rest = in_rows(p), in_rows(rest)
     products = (rows @ rows.mT).double()
-    queries = torch.arange(rows.shape[2], device=p.device).view(p.shape[2], -1)
-    own, held = (queries[:, part].flatten() for part in _halves(p))
-    across = products[:, :, held[:, None], own]
-    first, lacks, wanted = products[:, :, own[:, None], own], rest[:, :, own], rest[:, :, held]
+    across, first = products[:, :, half:, :half], products[:, :, :half, :half]
+    lacks, wanted = rest[:, :, :half], rest[:, :, half:]
 
     def missed(ridge: Tensor) -> Tensor:
         """As in :func:`_primal`."""
@@ -220,14 +227,14 @@ def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = Non
     Returns:
         ``[B, H_kv, S]``; at least 1e-8, so that it has a logarithm.
     """
-    first, second = [share[:, :, :, part].flatten(2, 3) for part in _halves(share)]
+    first, second = [in_rows(share[:, :, :, part]) for part in _halves(share)]
     dual = share.shape[2] * share.shape[3] < share.shape[4] if dual is None else dual
     mine, other = (_Masses.of(rows, dual, coarse) for rows in (first, second))
     path = mine.descent(rounds)  # [rounds + 1, B, H, S]
     missed = (second @ path.permute(1, 2, 3, 0) - 1).square().sum(2)  # [B, H, rounds + 1]
     enough = missed <= missed.amin(-1, keepdim=True) + MARGIN * missed[..., :1]
     chosen = enough.int().argmax(-1)[None, ..., None].expand(1, *path.shape[1:])  # the first that is as good
-    both = _Masses(share.flatten(2, 3), None if dual else mine.gram + other.gram, coarse)
+    both = _Masses(in_rows(share), None if dual else mine.gram + other.gram, coarse)
     return both.descent(rounds).gather(0, chosen)[0].clamp_min(_NOTHING)
 
 
@@ -251,7 +258,7 @@ def pursued(share: Tensor, chosen: Tensor, candidates: Tensor, count: Tensor, *,
     Returns:
         ``[B, H_kv, S]`` bool, those that were added.
     """
-    rows = share.flatten(2, 3)
+    rows = in_rows(share)
     masses = _Masses(rows, None)  # no product of all slots with all slots
     moment, tiny = rows.sum(2), torch.finfo(rows.dtype).tiny
     added, left = torch.zeros_like(chosen), count

@@ -632,7 +632,7 @@ class AttentionMatching(Method):
         short = left.values.element_size() == 2  # numbers of 16 bits
         weights = best_weights(share, self.rounds, coarse=short)
         judge, tiny = slice(share.shape[3] // 2, None), torch.finfo(share.dtype).tiny
-        totals = (weights.unsqueeze(2) @ share.flatten(2, 3).mT).view(*share.shape[:4], 1)
+        totals = mixed(share, weights.unsqueeze(-1))  # [B, H_kv, G, m, 1]
         filled = left.valid.sum(dim=2) if left.ragged else None
         ridges = [self.ridge * factor for factor in (1, 10, 100)]
         # The ridge is above what rounding changes in PP', and outputs of 16 bits were rounded as much or more.
@@ -760,25 +760,25 @@ def _alike(counts: list[int], limit: int) -> list[tuple[slice, int]]:
 
 
 def _shares(asked: Step, lse: Tensor, slots: Slots) -> Tensor:
-    """`[B, H_kv, G, m, S]`: each slot's share of the whole mass that the reference queries see."""
-    with tf32(slots.keys.element_size() == 2):  # which numbers of 16 bits pass unrounded
-        logits = _all_logits(asked, slots)
-    return logits.sub_(lse.unsqueeze(-1)).exp_()
+    """`[B, H_kv, G, m, S]`: each slot's share of the whole mass that the reference queries see.
 
-
-def _all_logits(asked: Step, slots: Slots) -> Tensor:
-    """`[B, H_kv, G, m, S]`: `Step.logits` of queries behind all slots, at once; a place without a query has some, too.
-
-    Since such a query sees every slot, only empty ones are hidden, which the bias does.
+    They stand behind all slots and see every one, so that only empty slots are hidden, which the bias does; a place
+    without a query has a log-sum-exp of +inf, hence no shares. In memory it is `[B, H_kv, m, G, S]` (see `in_rows`).
     """
-    if asked.softcap is not None:
-        return torch.cat([found for _, found in asked.logits(slots)], dim=3)
     wide = torch.promote_types(asked.queries.dtype, torch.float32)
-    keys, bias = asked.read_keys(slots).flatten(0, 1).to(wide), asked.bias(slots)
-    queries = asked.queries.flatten(2, 3).flatten(0, 1).to(wide)  # [B H_kv, G m, d]
-    start = keys.new_zeros(1, 1, 1) if bias is None else bias.to(wide).flatten(0, 1).unsqueeze(1)
-    logits = torch.baddbmm(start, queries, keys.mT, beta=int(bias is not None), alpha=asked.scale)
-    return logits.view(*asked.queries.shape[:4], -1)
+    keys, bias = asked.read_keys(slots), asked.bias(slots)
+    b, h, g, m, d = asked.queries.shape
+    queries = asked.queries.transpose(2, 3).reshape(b * h, m * g, d).to(wide)
+    start = lse.transpose(2, 3).reshape(b, h, m * g, 1).to(wide)
+    start = (0 if bias is None else bias.to(wide).unsqueeze(2)) - start.expand(b, h, m * g, slots.size)
+    start = start.contiguous()
+    with tf32(slots.keys.element_size() == 2):  # which numbers of 16 bits pass unrounded
+        if asked.softcap is None:
+            logits = start.view(b * h, m * g, -1).baddbmm_(queries, keys.flatten(0, 1).to(wide).mT, alpha=asked.scale)
+        else:
+            found = queries @ keys.flatten(0, 1).to(wide).mT * (asked.scale / asked.softcap)
+            logits = found.tanh_().mul_(asked.softcap).add_(start.view_as(found))
+    return logits.exp_().view(b, h, m, g, -1).transpose(2, 3)
 
 
 def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:
