@@ -728,12 +728,13 @@ def _by_token(score: Tensor, slots: Slots) -> Tensor:
     """The mean of a score `[B, H_kv, S]` over the heads that hold a slot of the same token; `[B, 1, S]` if all do."""
     if slots.dense:
         return score.mean(dim=1, keepdim=True)
-    token, order = slots.positions.flatten(1).sort(dim=1)
-    token = torch.nn.functional.pad((token[:, 1:] != token[:, :-1]).cumsum(dim=1), (1, 0))  # those there are, counted
-    score = score.flatten(1).gather(1, order)
-    total, holders = (torch.zeros_like(score).scatter_add_(1, token, x) for x in (score, torch.ones_like(score)))
-    mean = (total / holders.clamp_min(1)).gather(1, token)
-    return torch.empty_like(mean).scatter_(1, order, mean).view_as(slots.positions)
+    b, h, size = score.shape
+    held = slots.positions.unsqueeze(1).expand(b, h, h, size).contiguous()  # of every head, in order, for each head
+    asked = slots.positions.unsqueeze(2).expand(b, h, h, size).contiguous()
+    place = torch.searchsorted(held, asked).clamp_max(size - 1)
+    same = held.gather(3, place) == asked
+    found = score.unsqueeze(1).expand(b, h, h, size).gather(3, place) * same
+    return found.sum(dim=2) / same.sum(dim=2)
 
 
 def _bytes_of_slot(slots: Slots, asked: Step) -> int:
