@@ -170,11 +170,9 @@ class CompressedLayer(CacheLayerMixin):
 
     def fill(self, slots: Slots) -> int:
         """Slots a head holds; where each has its own room, the budget and what the fullest one has beyond it."""
-        return slots.size if self.rooms is None else self.budget + int(self.beyond(slots))
-
-    def beyond(self, slots: Slots) -> Tensor:
-        """`[]`, the slots that the fullest head holds beyond its own room; negative where there is room left."""
-        return ((slots.valid.sum(dim=2) if slots.ragged else slots.size) - self.rooms).max()
+        if self.rooms is None:
+            return slots.size
+        return self.budget + int(((slots.valid.sum(dim=2) if slots.ragged else slots.size) - self.rooms).max())
 
     def give(self, share: int | Tensor) -> None:
         """Set what the heads may hold: all the same, or `[B, H_kv]` int32 each its own, with `budget` as their mean."""
@@ -575,11 +573,11 @@ class CompressedCache(Cache):
         waiting, self._waiting, self.split = self._waiting, [], True
         layers, steps = [each for each, _ in waiting], [its_step for _, its_step in waiting]
         shares = layer.method.split([each.slots for each in layers], steps, layer.budget)
-        for each, share in zip(layers, shares, strict=True):
-            each.give(share)
-        for each, its_step, due in zip(layers, steps, _overflow(layers), strict=True):
+        for each, its_step, share in zip(layers, steps, shares, strict=True):
             slots = each.slots
-            if due:
+            each.give(share)
+            # Whether any head exceeds a room of its own, only the device knows: the host would wait for each layer.
+            if each.rooms is not None or each.fill(slots) > each.budget:
                 each.compress(slots, dataclasses.replace(its_step, budget=each.budget, rooms=each.rooms))
             else:
                 each.slots = slots
@@ -692,14 +690,6 @@ def _shape(config: PretrainedConfig) -> dict[str, Any]:
     """What a cache depends on of a model."""
     names = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
     return {name: getattr(config, name, None) for name in names}
-
-
-def _overflow(layers: list[CompressedLayer]) -> list[bool]:
-    """Whether each layer holds more than it may; the host waits once, for all."""
-    if layers[0].rooms is None:
-        return [layer.slots.size > layer.budget for layer in layers]
-    device = layers[0].rooms.device
-    return (torch.stack([layer.beyond(layer.slots).to(device) for layer in layers]) > 0).tolist()
 
 
 def _plain_bytes(layer: CacheLayerMixin) -> int:
