@@ -34,7 +34,7 @@ help: ## this list
 	@echo
 	@echo "  make book PROFILE=smoke|quick|gpu|paper     default: quick, or gpu where CUDA is found"
 	@echo "  make book JOBS=1                            notebooks that run at a time; default: one a core, at most 4"
-	@echo "  make book WORKERS=5                         processes that measure cells side by side, also on one GPU"
+	@echo "  make book WORKERS=8                         processes that measure cells side by side, also on one GPU"
 	@echo '  make notebook NB=weightedkv/perplexity P="budget=128 window=2048"'
 	@echo '  make test T="tests/test_book.py -k stamp"   arguments for pytest'
 	@echo '  make bench B="--piece prefill,decode"       python -m benchmarks --help lists the choices'
