@@ -360,7 +360,7 @@ def test_attention_averaged_over_the_heads_of_a_layer(
     for name, size in sizes.items():
         monkeypatch.setitem(decode.CONFIG, name, size)
     torch.manual_seed(11)
-    exact = storage(dataclasses.replace(RULES["tova"]), h=4, budget=40, filled=(40, 37))
+    exact = storage(RULES["tova"], h=4, budget=40, filled=(40, 37))
     exact = dataclasses.replace(exact, rule=rule, budget=exact.budget + (20 if rule.score == "none" else 0))
     if rule.score == "none":
         held = static.thaw(exact)
