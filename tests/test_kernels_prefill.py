@@ -182,6 +182,10 @@ def test_queries_behind_all_slots_see_them_all(
     assert bool((found.lse.isinf() == (places < 0)[:, None, None]).all())
     answers = attention.observe(step, slots, power=None)
     assert answers.mass is None and torch.equal(answers.output, found.output) and torch.equal(answers.lse, found.lse)
+    masses = attention.observe(step, slots, power, output=False)
+    assert masses.output is None
+    for name in ("mass", "lse"):
+        torch.testing.assert_close(getattr(masses, name).double(), getattr(want, name), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("unlike", ["", "biased", "ragged", "softcap"])

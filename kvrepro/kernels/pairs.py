@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvrepro.kernels import on_its_device
-from kvrepro.kernels.prefill import LOG2E, as_bias, in_rows, tiles_for, transposed_scores
+from kvrepro.kernels.prefill import LOG2E, as_bias, in_rows, log2_unit, logits, tiles_for
 from kvrepro.kernels.rotation import turn
 from kvrepro.slots import Slots
 
@@ -144,6 +144,7 @@ def _shares(
     n11, n22, n12 = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
     q_ptr += b * q_b + h * groups * q_h
     o_ptr += b * o_b + h * groups * o_h
+    unit = log2_unit(scale, BIAS, CAPPED)
     for start in range(0, groups * n, BM):
         row = start + tl.arange(0, BM)
         there = row < groups * n
@@ -154,12 +155,14 @@ def _shares(
         lse = tl.load(lse_ptr + head * groups * n + row, mask=there, other=float("inf")) * LOG2E
         wide = o.to(tl.float32)
         oo = tl.sum(wide * wide, 0)
-        p1 = tl.exp2(transposed_scores(k1, q, bias1, scale, softcap, CAPPED, PRECISION) - lse[None, :])
+        s1 = logits(tl.dot(k1, q, input_precision=PRECISION), bias1[:, None], scale, softcap, BIAS, CAPPED)
+        p1 = tl.exp2(s1 * unit - lse[None, :])
         p1 = tl.where(place1[:, None] <= asks[None, :], p1, 0.0)
         o1 = tl.dot(v1, o, input_precision=PRECISION)
         away = tl.sqrt(tl.maximum(vv1[:, None] - 2.0 * o1 + oo[None, :], 0.0))
         n11 += tl.sum(p1 * tl.abs(1.0 - 2.0 * p1) * away, 1)
-        p2 = tl.exp2(transposed_scores(k2, q, bias2, scale, softcap, CAPPED, PRECISION) - lse[None, :])
+        s2 = logits(tl.dot(k2, q, input_precision=PRECISION), bias2[:, None], scale, softcap, BIAS, CAPPED)
+        p2 = tl.exp2(s2 * unit - lse[None, :])
         p2 = tl.where(place2[:, None] <= asks[None, :], p2, 0.0)
         o2 = tl.dot(v2, o, input_precision=PRECISION)
         away = tl.sqrt(tl.maximum(vv2[:, None] - 2.0 * o2 + oo[None, :], 0.0))

@@ -23,24 +23,36 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _scores(q, k, bias, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
-    """Logits `[queries, slots]` in base 2 of `q` `[queries, d]` and `k` `[d, slots]`."""
-    s = tl.dot(q, k, input_precision=PRECISION)
+def logits(s, bias, scale, softcap, BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    """Logits in base 2 of products of queries and keys `s`; with neither bias nor cap the products themselves.
+
+    Those are then times `scale` in base 2, which the exponent's subtraction does on the way (`log2_unit`).
+    """
     if CAPPED:
         s = s * scale
         ratio = tl.exp2(-2.0 * tl.abs(s) / softcap * LOG2E)
         tanh = (1.0 - ratio) / (1.0 + ratio)
         s = softcap * tl.where(s < 0, -tanh, tanh) * LOG2E
-    else:
+    elif BIAS:
         s = s * (scale * LOG2E)
-    return s + bias[None, :]
+    if BIAS:
+        s += bias
+    return s
+
+
+@triton.jit
+def log2_unit(scale, BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    """What `logits` are still to be multiplied by."""
+    if BIAS or CAPPED:
+        return 1.0
+    return scale * LOG2E
 
 
 @triton.jit
 def _attend_tile(
     q, k_ptr, v_ptr, bias_ptr, acc, best, total, start, row, past, size, k_s, v_s, scale, softcap,
     D: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of slots of `_attend`."""
     dim = tl.arange(0, D)
@@ -48,20 +60,24 @@ def _attend_tile(
     inside = slot < size
     if MASK:
         k = tl.load(k_ptr + slot[None, :] * k_s + dim[:, None], mask=inside[None, :], other=0.0)
-        v = tl.load(v_ptr + slot[:, None] * v_s + dim[None, :], mask=inside[:, None], other=0.0)
     else:
         k = tl.load(k_ptr + slot[None, :] * k_s + dim[:, None])
-        v = tl.load(v_ptr + slot[:, None] * v_s + dim[None, :])
     bias = tl.load(bias_ptr + slot, mask=inside, other=0.0) * LOG2E if BIAS else tl.zeros([BN], tl.float32)
-    s = _scores(q, k, bias, scale, softcap, CAPPED, PRECISION)
+    s = logits(tl.dot(q, k, input_precision=PRECISION), bias[None, :], scale, softcap, BIAS, CAPPED)
     if MASK:
         s = tl.where(inside[None, :] & (slot[None, :] <= past + row[:, None]), s, -float("inf"))
-    higher = tl.maximum(best, tl.max(s, 1))
+    unit = log2_unit(scale, BIAS, CAPPED)
+    higher = tl.maximum(best, tl.max(s, 1) * unit)
     safe = tl.where(higher == -float("inf"), 0.0, higher)
-    p = tl.exp2(s - safe[:, None])
+    p = tl.exp2(s * unit - safe[:, None])
     fade = tl.exp2(best - safe)
     total = total * fade + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    if VALUES:
+        if MASK:
+            v = tl.load(v_ptr + slot[:, None] * v_s + dim[None, :], mask=inside[:, None], other=0.0)
+        else:
+            v = tl.load(v_ptr + slot[:, None] * v_s + dim[None, :])
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, higher, total
 
 
@@ -70,9 +86,9 @@ def _attend(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_n, k_b, k_h, k_s, v_b, v_h, v_s, heads, groups, n, size, past, scale, softcap,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of queries, B * H_q): output and log-sum-exp of BM queries of one head."""
+    """Grid (blocks of queries, B * H_q): log-sum-exp of BM queries of one head and, with VALUES, their output."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
@@ -90,28 +106,29 @@ def _attend(
     for start in range(0, whole, BN):
         acc, best, total = _attend_tile(
             q, k_ptr, v_ptr, bias_ptr, acc, best, total, start, row, past, size, k_s, v_s, scale, softcap,
-            D, BN, False, BIAS, CAPPED, PRECISION,
+            D, BN, False, BIAS, CAPPED, VALUES, PRECISION,
         )  # fmt: skip
     for start in range(whole, tl.minimum(past + (block + 1) * BM, size), BN):
         acc, best, total = _attend_tile(
             q, k_ptr, v_ptr, bias_ptr, acc, best, total, start, row, past, size, k_s, v_s, scale, softcap,
-            D, BN, True, BIAS, CAPPED, PRECISION,
+            D, BN, True, BIAS, CAPPED, VALUES, PRECISION,
         )  # fmt: skip
     blind = total == 0.0  # a query that sees nothing: output 0, and exp(s - lse) = 0 for whoever reads it later
-    out = acc / tl.where(blind, 1.0, total)[:, None]
     lse = tl.where(blind, float("inf"), (best + tl.log2(tl.where(blind, 1.0, total))) * _LN2)
-    tl.store(out_ptr + (head * n + row[:, None]) * D + dim[None, :], out.to(out_ptr.dtype.element_ty), row[:, None] < n)
     tl.store(lse_ptr + head * n + row, lse, row < n)
+    if VALUES:
+        out = (acc / tl.where(blind, 1.0, total)[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (head * n + row[:, None]) * D + dim[None, :], out, row[:, None] < n)
 
 
 @triton.jit
 def _column_sums(
     q_ptr, k_ptr, bias_ptr, lse_ptr, out_ptr,
-    q_b, q_h, q_n, k_b, k_h, k_s, heads, groups, n, size, past, first, last, scale, softcap,
+    q_b, q_h, q_n, k_b, k_h, k_s, heads, groups, n, size, past, first, last, scale, softcap, power,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of slots, B * H_q): what queries first..last of one head give to BN slots, summed."""
+    """Grid (blocks of slots, B * H_q): what queries first..last of one head give to BN slots, to a power, summed."""
     block = tl.program_id(0)  # the first slots are seen by most queries: the longest columns first
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
@@ -127,7 +144,8 @@ def _column_sums(
         bias = tl.load(bias_ptr + (b * (heads // groups) + kv) * size + slot, mask=inside, other=0.0) * LOG2E
     q_ptr += b * q_b + h * q_h
     lse_ptr += head * n
-    acc = tl.zeros([BN], tl.float32)
+    acc = tl.zeros([BN, BM], tl.float32)  # summed over the queries of a tile at the end
+    unit = log2_unit(scale, BIAS, CAPPED) * power
     begin = tl.maximum(first, tl.minimum(block * BN - past, last))  # earlier queries see none of the block's slots
     cross = tl.minimum(tl.maximum(begin, (block + 1) * BN - past), last)  # later ones see all of them
     middle = tl.minimum(begin + (cross - begin + BM - 1) // BM * BM, last)
@@ -135,38 +153,26 @@ def _column_sums(
         row = start + tl.arange(0, BM)
         real = row < last
         q = tl.load(q_ptr + row[None, :] * q_n + dim[:, None], mask=real[None, :], other=0.0)
-        lse = tl.load(lse_ptr + row, mask=real, other=float("inf")) * LOG2E
-        s = transposed_scores(k, q, bias, scale, softcap, CAPPED, PRECISION) - lse[None, :]
+        lse = tl.load(lse_ptr + row, mask=real, other=float("inf")) * (LOG2E * power)
+        s = logits(tl.dot(k, q, input_precision=PRECISION), bias[:, None], scale, softcap, BIAS, CAPPED)
         seen = real[None, :] & (slot[:, None] <= past + row[None, :])
-        acc += tl.sum(tl.where(seen, tl.exp2(s), 0.0), 1)
+        acc += tl.where(seen, tl.exp2(s * unit - lse[None, :]), 0.0)
     for start in range(middle, last, BM):
         row = start + tl.arange(0, BM)
         real = row < last
         q = tl.load(q_ptr + row[None, :] * q_n + dim[:, None], mask=real[None, :], other=0.0)
-        lse = tl.load(lse_ptr + row, mask=real, other=float("inf")) * LOG2E
-        s = transposed_scores(k, q, bias, scale, softcap, CAPPED, PRECISION) - lse[None, :]
-        acc += tl.sum(tl.exp2(s), 1)
-    tl.store(out_ptr + head * size + slot, acc, mask=inside)
-
-
-@triton.jit
-def transposed_scores(k, q, bias, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
-    """`_scores` with slots as rows: `[slots, queries]` of `k` `[slots, d]` and `q` `[d, queries]`."""
-    s = tl.dot(k, q, input_precision=PRECISION)
-    if CAPPED:
-        s = s * scale
-        ratio = tl.exp2(-2.0 * tl.abs(s) / softcap * LOG2E)
-        tanh = (1.0 - ratio) / (1.0 + ratio)
-        s = softcap * tl.where(s < 0, -tanh, tanh) * LOG2E
-    else:
-        s = s * (scale * LOG2E)
-    return s + bias[:, None]
+        lse = tl.load(lse_ptr + row, mask=real, other=float("inf")) * (LOG2E * power)
+        s = logits(tl.dot(k, q, input_precision=PRECISION), bias[:, None], scale, softcap, BIAS, CAPPED)
+        acc += tl.exp2(s * unit - lse[None, :])
+    tl.store(out_ptr + head * size + slot, tl.sum(acc, 1), mask=inside)
 
 
 #: Tiles by (kernel, head size is above 128): queries, slots, warps, stages.
 CONFIG = {
     ("attend", False): (128, 64, 8, 3),
     ("attend", True): (64, 32, 4, 2),
+    ("log_sum_exp", False): (128, 128, 8, 3),
+    ("log_sum_exp", True): (64, 64, 4, 2),
     ("column_sums", False): (64, 128, 4, 3),
     ("column_sums", True): (32, 64, 4, 3),
 }
@@ -217,17 +223,47 @@ def attend(
         has output 0 and log-sum-exp +inf.
     """
     queries, keys, values = in_rows(queries), in_rows(keys), in_rows(values)
-    b, hq, n, d = queries.shape
-    out = queries.new_empty(b, hq, n, d)
+    out = queries.new_empty(queries.shape)
+    return out, _attended("attend", queries, keys, values, out, bias, scale, softcap, past)
+
+
+@on_its_device
+def log_sum_exp(
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    past: int | None = None,
+) -> Tensor:
+    """The second result of `attend` alone, which takes half the work."""
+    queries, keys = in_rows(queries), in_rows(keys)
+    return _attended("log_sum_exp", queries, keys, None, None, bias, scale, softcap, past)
+
+
+def _attended(
+    kernel: str,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    out: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    past: int | None,
+) -> Tensor:
+    """The log-sum-exp of `attend`, whose output is written to `out` if there are values."""
+    b, hq, n, _ = queries.shape
     lse = queries.new_empty(b, hq, n, dtype=torch.float32)
-    tiles = tiles_for("attend", queries, n)
+    tiles = tiles_for(kernel, queries, n)
+    held = keys if values is None else values
     _attend[(triton.cdiv(n, tiles["BM"]), b * hq)](
-        queries, keys, values, as_bias(bias, queries), out, lse,
-        *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        queries, keys, held, as_bias(bias, queries), lse if out is None else out, lse,
+        *queries.stride()[:3], *keys.stride()[:3], *held.stride()[:3],
         hq, hq // keys.shape[1], n, keys.shape[2], keys.shape[2] - n if past is None else past, scale, softcap or 0.0,
-        BIAS=bias is not None, CAPPED=softcap is not None, **tiles,
+        BIAS=bias is not None, CAPPED=softcap is not None, VALUES=values is not None, **tiles,
     )  # fmt: skip
-    return out, lse
+    return lse
 
 
 @on_its_device
@@ -240,8 +276,9 @@ def column_sums(
     softcap: float | None,
     first: int = 0,
     past: int | None = None,
+    power: int = 1,
 ) -> Tensor:
-    """Attention that each slot receives from the queries from `first` on, summed over them.
+    """Attention that each slot receives from the queries from `first` on, or a power of it, summed over them.
 
     Args:
         queries: `[B, H_q, n, d]`.
@@ -252,6 +289,7 @@ def column_sums(
         softcap: cap on the logits, or None.
         first: the first query that counts.
         past: as in `attend`.
+        power: what attention is raised to before it is summed.
 
     Returns:
         `[B, H_q, S]` float32.
@@ -265,7 +303,7 @@ def column_sums(
         queries, keys, as_bias(bias, queries), lse.contiguous(), out,
         *queries.stride()[:3], *keys.stride()[:3],
         hq, hq // keys.shape[1], n, size, size - n if past is None else past, first, n, scale, softcap or 0.0,
-        BIAS=bias is not None, CAPPED=softcap is not None, **tiles,
+        power, BIAS=bias is not None, CAPPED=softcap is not None, **tiles,
     )  # fmt: skip
     return out
 

@@ -340,21 +340,23 @@ class AttentionMatching(Method):
 
     def _see(self, slots: Slots, budget: int, step: Step) -> _Seen:
         """Look at all slots before any leaves."""
-        asked = self.reference(slots, step, budget)
-        if self.base is not None:
-            seen = observe(asked, slots, power=None)
-            return _Seen(*_some(asked, seen.output, seen.lse, self.fitted))
-        seen = observe(asked, slots, power=1 if self.keys == "mass" else 2)
-        score = seen.mass
-        if step.queries.shape[3] > self.count:
-            # What queries that are left out would find is near what those beside them do.
-            sampled = _counted(asked.query_positions) < _counted(step.query_positions)
-            score = torch.where(sampled[..., None], _smoothed(score, slots), score)
-        now = observe(step.last(1), slots).mass if self.queries == "gaussian" else seen.newest()
-        found = asked, seen.output, seen.lse
-        if step.queries.shape[3] > 1 or self.queries == "gaussian":  # the window's are few, and nothing is fitted
-            found = _some(*found, self.fitted)
-        return _Seen(*found, score, _by_token(now, slots))
+        asked, decoding = self.reference(slots, step, budget), step.queries.shape[3] == 1
+        # The window's queries are few, and nothing is fitted to them.
+        some = asked if decoding and self.queries != "gaussian" else _some(asked, self.fitted)
+        score = now = None
+        if self.base is None:
+            seen = observe(asked, slots, power=1 if self.keys == "mass" else 2, output=False)
+            score = seen.mass
+            if step.queries.shape[3] > self.count:
+                # What queries that are left out would find is near what those beside them do.
+                sampled = _counted(asked.query_positions) < _counted(step.query_positions)
+                score = torch.where(sampled[..., None], _smoothed(score, slots), score)
+            now = observe(step.last(1), slots, output=False).mass if self.queries == "gaussian" else seen.newest()
+            now = _by_token(now, slots)
+        if decoding:
+            return _Seen(some, score=score, now=now)
+        fits = observe(some, slots, power=None)
+        return _Seen(some, fits.output, fits.lse, score, now)
 
     def waiting(self, slots: Slots, budget: int, step: Step) -> Step:
         """What was seen; of the queries themselves two, since a step of one would free a block."""
@@ -656,8 +658,9 @@ class _Seen:
 
     Attributes:
         asked: the reference queries that are fitted to.
-        output: `[B, H_kv, G, m, d_v]`, what they get from all slots; 0 for a place without a query.
-        lse: `[B, H_kv, G, m]`, log-sum-exp of their logits at all slots; +inf for a place without a query.
+        output: `[B, H_kv, G, m, d_v]`, what they get from all slots; 0 for a place without a query. None while decoding.
+        lse: `[B, H_kv, G, m]`, log-sum-exp of their logits at all slots; +inf for a place without a query. None while
+            decoding.
         score: `[B, H_kv, S]`, attention of all reference queries to each slot, or its square, summed over them; in rows
             where they are only some of the pass's queries, its mean with the slots of the tokens on either side. None
             with a method's `keys`.
@@ -670,8 +673,8 @@ class _Seen:
     """
 
     asked: Step
-    output: Tensor
-    lse: Tensor
+    output: Tensor | None = None
+    lse: Tensor | None = None
     score: Tensor | None = None
     now: Tensor | None = None
     peers: _Peers | None = None
@@ -798,39 +801,21 @@ def _with_rows(left: Slots, slots: Slots, waiting: Tensor) -> Slots:
     )
 
 
-def _some(asked: Step, output: Tensor, lse: Tensor, size: int) -> tuple[Step, Tensor, Tensor]:
-    """`size` of each row's reference queries, spread evenly over those that count, the newest among them.
-
-    Args:
-        asked: the reference queries, m of them.
-        output: `[B, H_kv, G, m, d_v]`, what they get.
-        lse: `[B, H_kv, G, m]`, their log-sum-exp.
-        size: how many are taken.
-
-    Returns:
-        All three of the queries that are taken.
-    """
+def _some(asked: Step, size: int) -> Step:
+    """`size` of each row's reference queries, spread evenly over those that count, the newest among them."""
     places = asked.query_positions
     m = places.shape[1]
     if m <= size:
-        return asked, output, lse
+        return asked
     count = _counted(places)
     _, rank, empty = _evenly(count, size)
     index = rank + torch.where(rank < count // 2, m // 2 - count // 2, m - count)  # see `_in_halves`
     index = index.clamp(0, m - 1)
-
-    def taken(x: Tensor) -> Tensor:
-        """Of `[B, H_kv, G, m, ...]`."""
-        column = index.view(len(index), 1, 1, size, *[1] * (x.dim() - 4))
-        return x.gather(3, column.expand(*x.shape[:3], size, *x.shape[4:]))
-
-    nobody = empty[:, None, None]
-    return (
-        dataclasses.replace(
-            asked, queries=taken(asked.queries), query_positions=places.gather(1, index).masked_fill(empty, -1)
-        ),
-        taken(output).masked_fill(nobody.unsqueeze(-1), 0.0),
-        taken(lse).masked_fill(nobody, torch.inf),
+    column = index[:, None, None, :, None].expand(*asked.queries.shape[:3], size, asked.queries.shape[4])
+    return dataclasses.replace(
+        asked,
+        queries=asked.queries.gather(3, column),
+        query_positions=places.gather(1, index).masked_fill(empty, -1),
     )
 
 
