@@ -312,6 +312,8 @@ def view(step: Step, slots: Slots, *, output: bool = True) -> View:
     keys, bias = step.read_keys(slots), step.bias(slots)
     past = slots.size if step.behind else slots.size - n
     plain = n > 1 and (step.behind or past == 0) and bias is None and step.softcap is None
+    # Few queries would keep few processors busy: the kernel cuts the slots they see all of into parts.
+    plain = plain and not (step.behind and prefill.splits(queries, slots.size) > 1)
     found = None
     if not output:
         lse = prefill.log_sum_exp(queries, keys, bias, step.scale, step.softcap, past)

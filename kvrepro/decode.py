@@ -101,13 +101,13 @@ class _Ring:
         if layer.width not in clocks:
             clocks[layer.width] = _Clock(places)
         self._clock = clocks[layer.width]
-        self._queries = torch.empty_like(queries)
+        self._queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
         self.refill(layer)
 
-    def note(self, query: Tensor) -> None:
-        """Put in a step's queries `[B, H_q, 1, d]`."""
-        b, h, g, _, d = self._queries.shape
-        self._queries.index_copy_(3, self._clock.newest, query.reshape(b, h, g, 1, d))
+    @property
+    def newest(self) -> tuple[Tensor, Tensor]:
+        """The storage `[B, H_kv, G, w, d]`, and `[1]`, the place of this step's queries."""
+        return self._queries, self._clock.newest
 
     def in_order(self) -> tuple[Tensor, Tensor]:
         """Queries `[B, H_kv, G, w, d]` and positions `[B, w]`, the newest last."""
@@ -164,9 +164,8 @@ class _Appended:
         """As `_InPlace.attend`; a due layer compresses in place or runs as it would without this class."""
         if self.due and not self.compresses_in_place:
             return self._run(query, key, value, scale, softcap)
-        if self._window is not None:
-            self._window.note(query)
-        out = _step(self.layer.static, query, key, value, scale, softcap)
+        window = None if self._window is None else self._window.newest
+        out = _step(self.layer.static, query, key, value, scale, softcap, window)
         if self.due:
             self._compress(query, scale, softcap)
         return out
@@ -369,12 +368,18 @@ def _averages(method: Method) -> bool:
 
 
 def _step(
-    static: StaticSlots, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    static: StaticSlots,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`static.step` in the shapes the model uses, see `_InPlace.attend`."""
     b, hq, _, d = query.shape
     h = key.shape[1]
-    out = step(static, query.reshape(b, h, hq // h, d), key.squeeze(2), value.squeeze(2), scale, softcap)
+    out = step(static, query.reshape(b, h, hq // h, d), key.squeeze(2), value.squeeze(2), scale, softcap, window)
     return out.reshape(b, hq, 1, -1)
 
 

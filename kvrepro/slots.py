@@ -287,13 +287,14 @@ def protected(slots: Slots, sinks: int, recent: int) -> Tensor:
     return slots.valid & ((place < sinks) | (place >= count - recent))
 
 
-def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
+def top(score: Tensor, candidates: Tensor, count: Tensor | int, taken: Tensor | None = None) -> Tensor:
     """Mark the `count` candidates with the highest score; the later slot wins a tie.
 
     Args:
         score: `[B, H, S]`.
         candidates: `[B, H, S]` bool.
         count: how many to mark, one number or `[B, H, 1]`.
+        taken: `[B, H, S]` bool, what is marked already: no candidates, and among the marks that are returned.
 
     Returns:
         `[B, H, S]` bool.
@@ -301,7 +302,9 @@ def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
     if has_kernel(score):
         from kvrepro.kernels import merging
 
-        return merging.top(score, candidates, count)
+        return merging.top(score, candidates, count, taken)
+    if taken is not None:
+        return taken | top(score, candidates & ~taken, count)
     score = score.masked_fill(~candidates, -torch.inf)
     # Stable ascending order: among equal scores the later slot comes last, so it is the one that is kept.
     order = score.argsort(dim=2, stable=True)
@@ -326,9 +329,9 @@ def select(slots: Slots, score: Tensor, budget: int, sinks: int, recent: int) ->
     """
     safe = protected(slots, sinks, recent)
     if not slots.ragged:
-        return safe | top(score, ~safe, budget - min(slots.size, sinks + recent))
+        return top(score, slots.valid, budget - min(slots.size, sinks + recent), safe)
     free = budget - safe.sum(dim=2, keepdim=True)
-    return safe | top(score, slots.valid & ~safe, free)
+    return top(score, slots.valid, free, safe)
 
 
 def next_kept(keep: Tensor) -> Tensor:

@@ -337,7 +337,13 @@ def thaw(static: StaticSlots) -> Slots:
 
 
 def step(
-    static: StaticSlots, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
+    static: StaticSlots,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attend with one new token a row, then let one slot go where the budget is exceeded; in place.
 
@@ -348,6 +354,7 @@ def step(
         values: `[B, H_kv, d]`.
         scale: factor on the logits.
         softcap: cap on the logits, or None.
+        window: `[B, H_kv, G, w, d]`, and `[1]` int64, at which of the w places the queries are noted; None notes none.
 
     Returns:
         `[B, H_kv, G, d]`, the attention output.
@@ -355,8 +362,8 @@ def step(
     if kernels.covers(queries, keys, values) and not _beyond(static):
         from kvrepro.kernels import decode
 
-        return decode.step(static, queries, keys, values, scale, softcap)
-    return step_reference(static, queries, keys, values, scale, softcap)
+        return decode.step(static, queries, keys, values, scale, softcap, window)
+    return step_reference(static, queries, keys, values, scale, softcap, window)
 
 
 def _beyond(static: StaticSlots) -> bool:
@@ -381,14 +388,22 @@ def _say(reason: str) -> None:
 
 
 def step_reference(
-    static: StaticSlots, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
+    static: StaticSlots,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`step` in PyTorch: what runs without a GPU, and what the kernel is tested against."""
     if not static.is_even:
         even = static.even()
-        out = step_reference(even, queries, keys, values, scale, softcap)
+        out = step_reference(even, queries, keys, values, scale, softcap, window)
         static.put_back(even)
         return out
+    if window is not None:
+        window[0].index_copy_(3, window[1], queries.unsqueeze(3))
     wide = torch.promote_types(queries.dtype, torch.float32)
     _write(static, keys, values)
     valid = torch.arange(static.size, device=keys.device) <= static.filled.unsqueeze(-1)

@@ -105,11 +105,16 @@ def test_kernel_keeps_the_same_slots_as_its_twin(name: str, turns: bool) -> None
     torch.manual_seed(len(name))
     exact = dataclasses.replace(storage(RULES[name]), turns=turns)
     ours, twin = cast(exact, torch.float32), cast(exact, torch.float32)
-    for _ in range(12):
+    b, h, _, d = exact.keys.shape
+    windows = torch.full((2, b, h, 3, 5, d), torch.nan)
+    for i in range(12):
         new = [x.float() for x in tokens(exact, 3)]
-        got = decode.step(ours, *new, 0.125, None)
-        want = static.step_reference(twin, *new, 0.125, None)
+        mine, theirs = ((window, torch.tensor([i % 5])) for window in windows)
+        got = decode.step(ours, *new, 0.125, None, mine)
+        want = static.step_reference(twin, *new, 0.125, None, theirs)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(windows[0, :, :, :, i % 5], new[0])
+        torch.testing.assert_close(*windows, rtol=0, atol=0, equal_nan=True)
         ours.newest += 1
         twin.newest += 1
     for field in ("positions", "cardinality", "free", "filled"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from kvrepro import kernels, methods
 from kvrepro import slots as primitives
 from kvrepro.attention import Step
-from kvrepro.methods import d2o, keepkv, kvmerger
+from kvrepro.methods import attention_matching, d2o, keepkv, kvmerger
 from kvrepro.slots import Slots
 
 merging = pytest.importorskip("kvrepro.kernels.merging")
@@ -71,6 +72,28 @@ def test_top_equals_its_twin_bit_for_bit(size: int, held: int, monkeypatch: pyte
     for count, dtype in zip(counts, DTYPES, strict=True):
         want = primitives.top(score[None].to(dtype), candidates, count)
         assert torch.equal(merging.top(score[None].to(dtype), candidates, count), want)
+        taken = torch.rand(1, 3, size) > 0.7
+        want = taken | primitives.top(score[None].to(dtype), candidates & ~taken, count)
+        assert torch.equal(primitives.top(score[None].to(dtype), candidates, count, taken), want)
+        assert torch.equal(merging.top(score[None].to(dtype), candidates, count, taken), want)
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_a_token_s_score_is_averaged_over_the_heads_that_hold_it(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel, its twin, and loops; heads hold different tokens, and different numbers of them."""
+    monkeypatch.setitem(merging.CONFIG, "looked_for", 64)
+    positions = torch.rand(2, 3, 2 * size).argsort(dim=2)[..., :size].sort(dim=2).values.int()
+    empty = torch.arange(size) < torch.tensor([[0, 1, 0], [2, 0, 5]])[..., None]
+    positions, score = positions.masked_fill(empty, -1), torch.rand(2, 3, size).masked_fill(empty, 0)
+    want = torch.zeros_like(score)
+    for b, h, s in itertools.product(range(2), range(3), range(size)):
+        token = positions[b, h, s]
+        held = [score[b, k][positions[b, k] == token][0] for k in range(3) if bool((positions[b, k] == token).any())]
+        want[b, h, s] = sum(held) / len(held)
+    keys = torch.zeros(2, 3, size, 16)
+    slots = Slots(keys, keys, positions, (positions >= 0).int(), dense=False, ragged=True)
+    torch.testing.assert_close(merging.by_token(score, positions), want)
+    torch.testing.assert_close(attention_matching._by_token(score, slots), want)
 
 
 @pytest.mark.parametrize("size", [1, 5, 37, 130])

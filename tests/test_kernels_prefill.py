@@ -188,13 +188,33 @@ def test_queries_behind_all_slots_see_them_all(
         torch.testing.assert_close(getattr(masses, name).double(), getattr(want, name), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("unlike", ["", "biased", "ragged", "softcap"])
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("n", "size"), [(7, 130), (37, 90)])
+def test_slots_in_parts_are_attended_to_as_a_whole(
+    n: int, size: int, ragged: bool, behind: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few queries over many slots: a part may hold empty slots alone, or none that a query sees."""
+    monkeypatch.setitem(prefill.CONFIG, "least", 16)
+    step, slots = cast(*problem(64, 2, n, size, ragged=ragged, merged=True), torch.float32)
+    if behind:
+        places = step.query_positions.masked_fill(step.query_positions >= 0, 4 * size)
+        step = dataclasses.replace(step, query_positions=places, behind=True)
+    assert prefill.splits(step.queries.flatten(1, 2), size) > 4
+    want = attention.observe(*cast(step, slots, torch.float64), 2)
+    request.getfixturevalue("interpreted")
+    found = attention.observe(step, slots, 2)
+    for name in ("mass", "output", "lse"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(want, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("unlike", ["", "few", "biased", "ragged", "softcap"])
 def test_cudnn_is_asked_for_what_it_can(
     unlike: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queries see all slots by it if nothing is added to the logits, else by the kernel; either way they see the same.
+    """Queries see all slots by it if nothing is added to the logits and they are not few, else by the kernel.
 
-    What it is asked is answered here in PyTorch, a query head at a time.
+    Either way they see the same. What it is asked is answered here in PyTorch, a query head at a time.
     """
     cap = 2.0 if unlike == "softcap" else None
     step, slots = cast(*problem(64, 2, 7, 30, cap=cap, ragged=unlike == "ragged"), torch.float32)
@@ -221,6 +241,7 @@ def test_cudnn_is_asked_for_what_it_can(
         return logits.softmax(-1) @ values.repeat_interleave(2, dim=1), logits.logsumexp(-1)
 
     request.getfixturevalue("interpreted")
+    monkeypatch.setitem(prefill.CONFIG, "least", 8 if unlike == "few" else 1024)
     monkeypatch.setattr(attention, "_cudnn", lambda *tensors, causal: not causal)
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn, raising=False)
     found = attention.observe(step, slots)

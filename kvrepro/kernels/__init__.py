@@ -47,6 +47,11 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
     return placed
 
 
+def processors(x: Tensor) -> int:
+    """Streaming multiprocessors of the device; an H100's number where there is no GPU (the interpreter)."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+
+
 def covers(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors, `[..., d]` of one head size; what they don't take of a GPU is said once.
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvrepro.kernels import on_its_device
+from kvrepro.kernels import on_its_device, processors
 from kvrepro.kernels.rotation import cos_sin
 
 if TYPE_CHECKING:
@@ -47,10 +47,11 @@ CONFIG = {
 def _attend(
     q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, pos_ptr, place_ptr, card_ptr, free_ptr, filled_ptr, newest_ptr,
     freq_ptr, bias_ptr, logit_ptr, acc_ptr, max_ptr, sum_ptr,
-    first_ptr, region_ptr, q_b, q_h, new_k_b, new_k_h, new_v_b, new_v_h, heads, wide, span, scale, softcap,
+    first_ptr, region_ptr, window_ptr, at_ptr, q_b, q_h, new_k_b, new_k_h, new_v_b, new_v_h, heads, wide, span, width,
+    scale, softcap,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROTATE: tl.constexpr,
-    STATS: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, OWN: tl.constexpr, EXACT: tl.constexpr,
-    STAGES: tl.constexpr,
+    STATS: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, OWN: tl.constexpr, WINDOW: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of one KV head: grid (B * H_kv, splits)."""
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -66,6 +67,11 @@ def _attend(
     q_row = q_ptr + b * q_b + (h * G + group) * q_h
     q_low = tl.load(q_row[:, None] + low[None, :], mask=group[:, None] < G, other=0.0)
     q_high = tl.load(q_row[:, None] + half + low[None, :], mask=group[:, None] < G, other=0.0)
+    if WINDOW:
+        if split == 0:
+            noted = window_ptr + ((head * G + group) * width + tl.load(at_ptr)) * D
+            tl.store(noted[:, None] + low[None, :], q_low, mask=group[:, None] < G)
+            tl.store(noted[:, None] + half + low[None, :], q_high, mask=group[:, None] < G)
     new_k = new_k_ptr + b * new_k_b + h * new_k_h
     new_low, new_high = tl.load(new_k + low), tl.load(new_k + half + low)
     new_v = tl.load(new_v_ptr + b * new_v_b + h * new_v_h + dim)
@@ -387,7 +393,13 @@ def _settle(
 
 @on_its_device
 def step(
-    slots: StaticSlots, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
+    slots: StaticSlots,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attend with one new token a row, and settle, in place; see `static.step`.
 
@@ -398,6 +410,7 @@ def step(
         values: `[B, H_kv, d]`.
         scale: factor on the logits.
         softcap: cap on the logits, or None.
+        window: where the queries are noted, if they are.
 
     Returns:
         `[B, H_kv, G, d]` in the queries' dtype.
@@ -405,7 +418,7 @@ def step(
     b, h, g, d = queries.shape
     size = slots.size
     tile = CONFIG["tile"]
-    splits = min(triton.cdiv(size, tile), max(1, triton.cdiv(2 * _processors(queries), b * h)), CONFIG["splits"])
+    splits = min(triton.cdiv(size, tile), max(1, triton.cdiv(2 * processors(queries), b * h)), CONFIG["splits"])
     span = triton.cdiv(triton.cdiv(size, tile), splits) * tile
     splits = triton.cdiv(size, span)
     mass, count, last = (slots.counting and x.numel() > 0 for x in (slots.mass, slots.count, slots.last))
@@ -418,13 +431,14 @@ def step(
     groups = max(16, triton.next_power_of_2(g))
     flat = queries.reshape(b, h * g, d)
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    noted, at = (flat, slots.free) if window is None else window
     _attend[(b * h, splits)](
         flat, keys, values, slots.keys, slots.values, slots.positions, slots.place, slots.cardinality, slots.free,
         slots.filled, slots.newest, slots.frequencies, slots.bias, logits, acc, best, total,
-        slots.first, slots.regions, flat.stride(0), flat.stride(1), keys.stride(0), keys.stride(1), values.stride(0),
-        values.stride(1), h, size, span, scale, softcap or 0.0,
+        slots.first, slots.regions, noted, at, flat.stride(0), flat.stride(1), keys.stride(0), keys.stride(1),
+        values.stride(0), values.stride(1), h, size, span, noted.shape[-2], scale, softcap or 0.0,
         G=g, GP=groups, D=d, BLOCK=tile, ROTATE=slots.turns, STATS=mass or last, CAPPED=softcap is not None,
-        BIASED=slots.biased, OWN=own, EXACT=queries.dtype == torch.float32, STAGES=CONFIG["stages"],
+        BIASED=slots.biased, OWN=own, WINDOW=window is not None, EXACT=queries.dtype == torch.float32, STAGES=CONFIG["stages"],
         num_warps=CONFIG["attend_warps"],
     )  # fmt: skip
     block = CONFIG["settle_tile"]
@@ -451,8 +465,3 @@ def step(
 def _signed(x: int) -> int:
     """The int32 with the last 32 bits of `x`."""
     return (x + (1 << 31)) % (1 << 32) - (1 << 31)
-
-
-def _processors(x: Tensor) -> int:
-    """Streaming multiprocessors of the device; an H100's number where there is no GPU (the interpreter)."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132

@@ -24,22 +24,25 @@ from torch import Tensor
 
 from kvrepro.kernels import on_its_device
 
-#: Evicted slots and kept slots of a tile of `nearest`, slots that a tile of the other kernels holds, warps.
+#: Evicted slots and kept slots of a tile of `nearest`, slots that a tile of the other kernels holds (all heads' of
+#: `by_token`), warps.
 CONFIG = {
     "queries": 128, "kept": 128, "nearest_warps": 8, "nearest_stages": 2,
     "nearest_registers": 0, "rows": 64, "row_warps": 4, "settle": 1024, "chunk": 32,
     "exact_chunk": 16, "mix_warps": 8, "held": 4096, "bits": 8,
-    "tile": 1024, "part": 512, "scan": 4096, "scan_warps": 4,
+    "tile": 1024, "part": 512, "looked_for": 1024, "scan": 4096, "scan_warps": 4,
 }  # fmt: skip
 #: Chunks' sums that `_bridge` reads at once.
 _SPAN = 32
 
 
 @triton.jit
-def _sortable(score_ptr, candidate_ptr, index, inside):
+def _sortable(score_ptr, candidate_ptr, taken_ptr, index, inside, TAKEN: tl.constexpr):
     """Scores as integers of the same order: NaN is above all, -0 is 0, no candidate is -inf, outside is least."""
     score = tl.load(score_ptr + index, mask=inside, other=0.0).to(tl.float32)
     candidate = tl.load(candidate_ptr + index, mask=inside, other=0) != 0
+    if TAKEN:
+        candidate &= tl.load(taken_ptr + index, mask=inside, other=0) == 0
     score = tl.where(candidate, score, -float("inf"))
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -67,14 +70,24 @@ def _raised(lowest, counts, count, LEFT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def _store_marks(out_ptr, taken_ptr, index, marked, inside, TAKEN: tl.constexpr):
+    """The marks, and those that there were."""
+    marks = marked.to(tl.uint8)
+    if TAKEN:
+        marks |= tl.load(taken_ptr + index, mask=inside, other=0)
+    tl.store(out_ptr + index, marks, mask=inside)
+
+
+@triton.jit
 def _top(
-    score_ptr, candidate_ptr, count_ptr, out_ptr, size, BLOCK: tl.constexpr, BITS: tl.constexpr,
+    score_ptr, candidate_ptr, taken_ptr, count_ptr, out_ptr, size,
+    BLOCK: tl.constexpr, BITS: tl.constexpr, TAKEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H), for rows that fit one block: the count-th highest score, some bits at a time, then the marks."""
     first = tl.program_id(0).to(tl.int64) * size
     count = tl.load(count_ptr + tl.program_id(0)).to(tl.int32)
     slot = tl.arange(0, BLOCK)
-    key, candidate = _sortable(score_ptr, candidate_ptr, first + slot, slot < size)
+    key, candidate = _sortable(score_ptr, candidate_ptr, taken_ptr, first + slot, slot < size, TAKEN)
     lowest = tl.full([], -2147483648, tl.int32)
     for left in tl.static_range(32 - BITS, -1, -BITS):
         lowest = _raised(lowest, _histogram(key, lowest, left, BITS), count, left, BITS)
@@ -82,7 +95,7 @@ def _top(
     ties = tl.sum((key >= lowest).to(tl.int32), 0) - count
     tie = (key == lowest).to(tl.int32)
     marked = (key > lowest) | ((tie > 0) & (tl.cumsum(tie, 0) > ties))
-    tl.store(out_ptr + first + slot, (marked & candidate).to(tl.uint8), mask=slot < size)
+    _store_marks(out_ptr, taken_ptr, first + slot, marked & candidate, slot < size, TAKEN)
 
 
 @triton.jit
@@ -99,12 +112,13 @@ def _found(counts_ptr, rows, count, LEFT: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _count_digits(
-    score_ptr, candidate_ptr, count_ptr, counts_ptr, size, rows,
-    LEFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    score_ptr, candidate_ptr, taken_ptr, count_ptr, counts_ptr, size, rows,
+    LEFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, TAKEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, B * H): add a tile to the histogram of the BITS bits before the LEFT last ones."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key, _ = _sortable(score_ptr, candidate_ptr, tl.program_id(1).to(tl.int64) * size + slot, slot < size)
+    index = tl.program_id(1).to(tl.int64) * size + slot
+    key, _ = _sortable(score_ptr, candidate_ptr, taken_ptr, index, slot < size, TAKEN)
     count = tl.load(count_ptr + tl.program_id(1)).to(tl.int32)
     lowest = _found(counts_ptr, rows, count, LEFT + BITS, BITS)
     counts = _histogram(key, lowest, LEFT, BITS)
@@ -114,8 +128,8 @@ def _count_digits(
 
 @triton.jit
 def _mark(
-    score_ptr, candidate_ptr, count_ptr, counts_ptr, out_ptr, size, rows,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+    score_ptr, candidate_ptr, taken_ptr, count_ptr, counts_ptr, out_ptr, size, rows,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr, TAKEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, B * H): the marks as in `_top`; each program counts its row's ties for itself, from L2."""
     first = tl.program_id(1).to(tl.int64) * size
@@ -124,25 +138,26 @@ def _mark(
     reach, passed = tl.zeros([SCAN], tl.int32), tl.zeros([SCAN], tl.int32)
     for start in range(0, size, SCAN):
         other = start + tl.arange(0, SCAN)
-        key, _ = _sortable(score_ptr, candidate_ptr, first + other, other < size)
+        key, _ = _sortable(score_ptr, candidate_ptr, taken_ptr, first + other, other < size, TAKEN)
         reach += ((key >= lowest) & (other < size)).to(tl.int32)
         passed += ((key == lowest) & (other < tl.program_id(0) * BLOCK)).to(tl.int32)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key, candidate = _sortable(score_ptr, candidate_ptr, first + slot, slot < size)
+    key, candidate = _sortable(score_ptr, candidate_ptr, taken_ptr, first + slot, slot < size, TAKEN)
     tie = (key == lowest).to(tl.int32)
     later = tl.sum(passed, 0) + tl.cumsum(tie, 0) > tl.sum(reach, 0) - count
     marked = (key > lowest) | ((tie > 0) & later)
-    tl.store(out_ptr + first + slot, (marked & candidate).to(tl.uint8), mask=slot < size)
+    _store_marks(out_ptr, taken_ptr, first + slot, marked & candidate, slot < size, TAKEN)
 
 
 @on_its_device
-def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
+def top(score: Tensor, candidates: Tensor, count: Tensor | int, taken: Tensor | None = None) -> Tensor:
     """Mark the highest scores of each head; see `slots.top`.
 
     Args:
         score: `[B, H, S]`, float32 or narrower.
         candidates: `[B, H, S]` bool.
         count: how many to mark, one number or `[B, H, 1]`.
+        taken: `[B, H, S]` bool, marked before.
 
     Returns:
         `[B, H, S]` bool.
@@ -151,18 +166,65 @@ def top(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
     if not isinstance(count, Tensor):
         count = torch.full((b, h, 1), count, dtype=torch.int64, device=score.device)
     out = torch.empty((b, h, size), dtype=torch.uint8, device=score.device)
-    given = score.contiguous(), candidates.contiguous().view(torch.uint8), count.expand(b, h, 1).contiguous()
+    candidates = candidates.contiguous().view(torch.uint8)
+    before = candidates if taken is None else taken.contiguous().view(torch.uint8)
+    given = score.contiguous(), candidates, before, count.expand(b, h, 1).contiguous()
+    how = {"BITS": CONFIG["bits"], "TAKEN": taken is not None}
     bits, tile, warps = CONFIG["bits"], CONFIG["tile"], CONFIG["scan_warps"]
     if size <= CONFIG["held"]:
         block = max(16, triton.next_power_of_2(size))
-        _top[(b * h,)](*given, out, size, BLOCK=block, BITS=bits, num_warps=min(16, max(4, block // 256)))
+        _top[(b * h,)](*given, out, size, BLOCK=block, **how, num_warps=min(16, max(4, block // 256)))
         return out.view(torch.bool)
     counts = torch.zeros((32 // bits, b * h, 1 << bits), dtype=torch.int32, device=score.device)
     grid = (triton.cdiv(size, tile), b * h)
     for left in range(32 - bits, -1, -bits):
-        _count_digits[grid](*given, counts, size, b * h, LEFT=left, BITS=bits, BLOCK=tile, num_warps=warps)
-    _mark[grid](*given, counts, out, size, b * h, BITS=bits, BLOCK=tile, SCAN=CONFIG["scan"], num_warps=warps)
+        _count_digits[grid](*given, counts, size, b * h, LEFT=left, BLOCK=tile, **how, num_warps=warps)
+    _mark[grid](*given, counts, out, size, b * h, BLOCK=tile, SCAN=CONFIG["scan"], **how, num_warps=warps)
     return out.view(torch.bool)
+
+
+@triton.jit
+def _by_token(
+    score_ptr, pos_ptr, out_ptr, heads, size, STEPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Grid (tiles, B * H): each slot's token is looked for in all heads of the row at once, by bisection."""
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.arange(0, HEADS)
+    token = tl.load(pos_ptr + row * size + slot, mask=slot < size, other=-2)
+    known = (head < heads)[:, None] & (slot < size)[None, :]
+    first = (row // heads * heads + head)[:, None] * size
+    low = tl.zeros([HEADS, BLOCK], tl.int32)
+    high = low + size
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        earlier = tl.load(pos_ptr + first + middle, mask=known & (middle < size), other=2147483647) < token[None, :]
+        low, high = tl.where(earlier, middle + 1, low), tl.where(earlier, high, middle)
+    same = tl.load(pos_ptr + first + low, mask=known & (low < size), other=-2) == token[None, :]
+    same = known & same
+    total = tl.sum(tl.load(score_ptr + first + low, mask=same, other=0.0), 0)
+    tl.store(out_ptr + row * size + slot, total / tl.maximum(tl.sum(same.to(tl.float32), 0), 1.0), mask=slot < size)
+
+
+@on_its_device
+def by_token(score: Tensor, positions: Tensor) -> Tensor:
+    """The mean of a score `[B, H, S]` float32 over the heads that hold a slot of the same token.
+
+    Args:
+        score: `[B, H, S]` float32.
+        positions: `[B, H, S]` int32, ascending in each head.
+
+    Returns:
+        `[B, H, S]` float32.
+    """
+    b, h, size = score.shape
+    out = torch.empty((b, h, size), dtype=torch.float32, device=score.device)
+    heads = triton.next_power_of_2(h)
+    tile = max(1, CONFIG["looked_for"] // heads)
+    _by_token[(triton.cdiv(size, tile), b * h)](
+        score.contiguous(), positions.contiguous(), out, h, size, STEPS=size.bit_length(), HEADS=heads, BLOCK=tile
+    )
+    return out
 
 
 @triton.jit

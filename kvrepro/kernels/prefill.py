@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvrepro.kernels import on_its_device
+from kvrepro.kernels import on_its_device, processors
 
 LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -84,17 +84,21 @@ def _attend_tile(
 @triton.jit
 def _attend(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
-    q_b, q_h, q_n, k_b, k_h, k_s, v_b, v_h, v_s, heads, groups, n, size, past, scale, softcap,
+    q_b, q_h, q_n, k_b, k_h, k_s, v_b, v_h, v_s, heads, groups, n, size, past, span, scale, softcap,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, CAPPED: tl.constexpr,
     VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of queries, B * H_q): log-sum-exp of BM queries of one head and, with VALUES, their output."""
+    """Grid (blocks of queries, B * H_q, splits): log-sum-exp of BM queries of one head and, with VALUES, their output.
+
+    A split sees `span` slots, a multiple of BN.
+    """
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
     row = block * BM + tl.arange(0, BM)
+    inside = row < n
     dim = tl.arange(0, D)
-    q = tl.load(q_ptr + b * q_b + h * q_h + row[:, None] * q_n + dim[None, :], mask=row[:, None] < n, other=0.0)
+    q = tl.load(q_ptr + b * q_b + h * q_h + row[:, None] * q_n + dim[None, :], mask=inside[:, None], other=0.0)
     kv = h // groups
     k_ptr += b * k_b + kv * k_h
     v_ptr += b * v_b + kv * v_h
@@ -102,23 +106,27 @@ def _attend(
     best = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
+    begin = tl.program_id(2) * span
+    end = tl.minimum(begin + span, tl.minimum(past + (block + 1) * BM, size))
     whole = tl.minimum(past + block * BM + 1, size) // BN * BN  # slots before it are seen by every row of the block
-    for start in range(0, whole, BN):
+    whole = tl.maximum(tl.minimum(whole, begin + span), begin)
+    for start in range(begin, whole, BN):
         acc, best, total = _attend_tile(
             q, k_ptr, v_ptr, bias_ptr, acc, best, total, start, row, past, size, k_s, v_s, scale, softcap,
             D, BN, False, BIAS, CAPPED, VALUES, PRECISION,
         )  # fmt: skip
-    for start in range(whole, tl.minimum(past + (block + 1) * BM, size), BN):
+    for start in range(whole, end, BN):
         acc, best, total = _attend_tile(
             q, k_ptr, v_ptr, bias_ptr, acc, best, total, start, row, past, size, k_s, v_s, scale, softcap,
             D, BN, True, BIAS, CAPPED, VALUES, PRECISION,
         )  # fmt: skip
     blind = total == 0.0  # a query that sees nothing: output 0, and exp(s - lse) = 0 for whoever reads it later
     lse = tl.where(blind, float("inf"), (best + tl.log2(tl.where(blind, 1.0, total))) * _LN2)
-    tl.store(lse_ptr + head * n + row, lse, row < n)
+    row += (tl.program_id(2) * tl.num_programs(1) + head) * n
+    tl.store(lse_ptr + row, lse, inside)
     if VALUES:
         out = (acc / tl.where(blind, 1.0, total)[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (head * n + row[:, None]) * D + dim[None, :], out, row[:, None] < n)
+        tl.store(out_ptr + row[:, None] * D + dim[None, :], out, inside[:, None])
 
 
 @triton.jit
@@ -167,12 +175,13 @@ def _column_sums(
     tl.store(out_ptr + head * size + slot, tl.sum(acc, 1), mask=inside)
 
 
-#: Tiles by (kernel, head size is above 128): queries, slots, warps, stages.
+#: Tiles by (kernel, head size is above 128): queries, slots, warps, stages. "least": slots of a split of `attend`.
 CONFIG = {
+    "least": 1024,
     ("attend", False): (128, 64, 8, 3),
     ("attend", True): (64, 32, 4, 2),
-    ("log_sum_exp", False): (128, 128, 8, 3),
-    ("log_sum_exp", True): (64, 64, 4, 2),
+    ("log_sum_exp", False): (128, 64, 8, 3),
+    ("log_sum_exp", True): (64, 32, 4, 2),
     ("column_sums", False): (64, 128, 4, 3),
     ("column_sums", True): (32, 64, 4, 3),
 }
@@ -223,8 +232,15 @@ def attend(
         has output 0 and log-sum-exp +inf.
     """
     queries, keys, values = in_rows(queries), in_rows(keys), in_rows(values)
-    out = queries.new_empty(queries.shape)
-    return out, _attended("attend", queries, keys, values, out, bias, scale, softcap, past)
+    parts = splits(queries, keys.shape[2])
+    out = queries.new_empty(parts, *queries.shape, dtype=queries.dtype if parts == 1 else torch.float32)
+    lse = _attended("attend", queries, keys, values, out, bias, scale, softcap, past)
+    if parts == 1:
+        return out[0], lse[0]
+    lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+    total = lse.logsumexp(dim=0)
+    total = total.masked_fill(total == -torch.inf, torch.inf)
+    return ((lse - total).exp().unsqueeze(-1) * out).sum(dim=0).to(queries.dtype), total
 
 
 @on_its_device
@@ -237,8 +253,14 @@ def log_sum_exp(
     past: int | None = None,
 ) -> Tensor:
     """The second result of `attend` alone, which takes half the work."""
-    queries, keys = in_rows(queries), in_rows(keys)
-    return _attended("log_sum_exp", queries, keys, None, None, bias, scale, softcap, past)
+    return _attended("log_sum_exp", in_rows(queries), in_rows(keys), None, None, bias, scale, softcap, past)[0]
+
+
+def splits(queries: Tensor, size: int) -> int:
+    """Parts that the slots are cut into, so that few queries `[B, H_q, n, d]` over many slots fill the device."""
+    b, h, n, _ = queries.shape
+    busy = triton.cdiv(n, tiles_for("attend", queries, n)["BM"]) * b * h
+    return max(1, min(2 * processors(queries) // busy, size // CONFIG["least"]))
 
 
 def _attended(
@@ -252,15 +274,19 @@ def _attended(
     softcap: float | None,
     past: int | None,
 ) -> Tensor:
-    """The log-sum-exp of `attend`, whose output is written to `out` if there are values."""
+    """The log-sum-exp `[splits, B, H_q, n]` of `attend`, with the outputs in `out`, a split's each, if there are any."""
     b, hq, n, _ = queries.shape
-    lse = queries.new_empty(b, hq, n, dtype=torch.float32)
+    size = keys.shape[2]
     tiles = tiles_for(kernel, queries, n)
+    tiles["num_warps"] = min(tiles["num_warps"], max(4, tiles["BM"] // 16))
+    parts = 1 if out is None else len(out)
+    span = triton.cdiv(triton.cdiv(size, parts), tiles["BN"]) * tiles["BN"]
+    lse = queries.new_empty(parts, b, hq, n, dtype=torch.float32)
     held = keys if values is None else values
-    _attend[(triton.cdiv(n, tiles["BM"]), b * hq)](
+    _attend[(triton.cdiv(n, tiles["BM"]), b * hq, parts)](
         queries, keys, held, as_bias(bias, queries), lse if out is None else out, lse,
         *queries.stride()[:3], *keys.stride()[:3], *held.stride()[:3],
-        hq, hq // keys.shape[1], n, keys.shape[2], keys.shape[2] - n if past is None else past, scale, softcap or 0.0,
+        hq, hq // keys.shape[1], n, size, size - n if past is None else past, span, scale, softcap or 0.0,
         BIAS=bias is not None, CAPPED=softcap is not None, VALUES=values is not None, **tiles,
     )  # fmt: skip
     return lse

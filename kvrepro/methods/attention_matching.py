@@ -15,7 +15,7 @@ from torch import Tensor
 from kvrepro.attention import Step, observe
 from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued, tf32
 from kvrepro.methods.base import POSITIONS, Method, option
-from kvrepro.slots import FlatSlots, Slots, compact, flatten, protected, top, uniform
+from kvrepro.slots import FlatSlots, Slots, compact, flatten, has_kernel, protected, top, uniform
 
 #: Methods that can choose the slots instead, with the options that this takes: a slot of theirs weighs as one token, or
 #: as its cardinality in the logits, and what they leave depends on no state, gradient or layer.
@@ -472,10 +472,10 @@ class AttentionMatching(Method):
             pursue: chooses by marks, candidates and number instead of by the highest score.
         """
         first = int(free * self.newest) if isinstance(free, int) else (free.double() * self.newest).int()
-        keep = safe | top(now.contiguous(), valid & ~safe, first)
+        keep = top(now.contiguous(), valid, first, safe)
         if pursue is not None:
             return keep | pursue(keep, valid, free - first)
-        return keep | top(score, valid & ~keep, free - first)
+        return top(score, valid, free - first, keep)
 
     def reference(self, slots: Slots, step: Step, budget: int) -> Step:
         """The step whose queries are fitted to: `[B, H_kv, G, m, d]`, behind the newest token, so that they see all.
@@ -731,6 +731,10 @@ def _by_token(score: Tensor, slots: Slots) -> Tensor:
     """The mean of a score `[B, H_kv, S]` over the heads that hold a slot of the same token; `[B, 1, S]` if all do."""
     if slots.dense:
         return score.mean(dim=1, keepdim=True)
+    if has_kernel(score):
+        from kvrepro.kernels import merging
+
+        return merging.by_token(score, slots.positions)
     b, h, size = score.shape
     held = slots.positions.unsqueeze(1).expand(b, h, h, size).contiguous()  # of every head, in order, for each head
     asked = slots.positions.unsqueeze(2).expand(b, h, h, size).contiguous()

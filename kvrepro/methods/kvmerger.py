@@ -165,7 +165,7 @@ class KVMerger(Method):
             mass = mass.mean(dim=1, keepdim=True).expand_as(mass)
             similarity = similarity.mean(dim=1, keepdim=True).expand_as(similarity)
         safe = protected(slots, self.sinks, self.recent_of(budget))
-        safe = safe | top(mass, slots.valid & ~safe, self.topk_of(budget))
+        safe = top(mass, slots.valid, self.topk_of(budget), safe)
         free = slots.valid & ~safe
         possible = free[..., :-1] & free[..., 1:]
         if not self.bounded:
