@@ -68,10 +68,10 @@ def _attend(
     q_low = tl.load(q_row[:, None] + low[None, :], mask=group[:, None] < G, other=0.0)
     q_high = tl.load(q_row[:, None] + half + low[None, :], mask=group[:, None] < G, other=0.0)
     if WINDOW:
-        if split == 0:
-            noted = window_ptr + ((head * G + group) * width + tl.load(at_ptr)) * D
-            tl.store(noted[:, None] + low[None, :], q_low, mask=group[:, None] < G)
-            tl.store(noted[:, None] + half + low[None, :], q_high, mask=group[:, None] < G)
+        noted = (window_ptr + ((head * G + group) * width + tl.load(at_ptr)) * D)[:, None]
+        real = (group[:, None] < G) & (split == 0)
+        tl.store(noted + low[None, :], q_low, mask=real)
+        tl.store(noted + half + low[None, :], q_high, mask=real)
     new_k = new_k_ptr + b * new_k_b + h * new_k_h
     new_low, new_high = tl.load(new_k + low), tl.load(new_k + half + low)
     new_v = tl.load(new_v_ptr + b * new_v_b + h * new_v_h + dim)
@@ -438,8 +438,8 @@ def step(
         slots.first, slots.regions, noted, at, flat.stride(0), flat.stride(1), keys.stride(0), keys.stride(1),
         values.stride(0), values.stride(1), h, size, span, noted.shape[-2], scale, softcap or 0.0,
         G=g, GP=groups, D=d, BLOCK=tile, ROTATE=slots.turns, STATS=mass or last, CAPPED=softcap is not None,
-        BIASED=slots.biased, OWN=own, WINDOW=window is not None, EXACT=queries.dtype == torch.float32, STAGES=CONFIG["stages"],
-        num_warps=CONFIG["attend_warps"],
+        BIASED=slots.biased, OWN=own, WINDOW=window is not None, EXACT=queries.dtype == torch.float32,
+        STAGES=CONFIG["stages"], num_warps=CONFIG["attend_warps"],
     )  # fmt: skip
     block = CONFIG["settle_tile"]
     pieces = triton.cdiv(size, block) if mass or last else 1

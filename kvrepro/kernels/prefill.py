@@ -274,7 +274,7 @@ def _attended(
     softcap: float | None,
     past: int | None,
 ) -> Tensor:
-    """The log-sum-exp `[splits, B, H_q, n]` of `attend`, with the outputs in `out`, a split's each, if there are any."""
+    """The log-sum-exp `[splits, B, H_q, n]` of `attend`; the outputs of all splits go to `out`, if there are any."""
     b, hq, n, _ = queries.shape
     size = keys.shape[2]
     tiles = tiles_for(kernel, queries, n)

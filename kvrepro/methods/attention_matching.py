@@ -658,7 +658,8 @@ class _Seen:
 
     Attributes:
         asked: the reference queries that are fitted to.
-        output: `[B, H_kv, G, m, d_v]`, what they get from all slots; 0 for a place without a query. None while decoding.
+        output: `[B, H_kv, G, m, d_v]`, what they get from all slots; 0 for a place without a query. None while
+            decoding.
         lse: `[B, H_kv, G, m]`, log-sum-exp of their logits at all slots; +inf for a place without a query. None while
             decoding.
         score: `[B, H_kv, S]`, attention of all reference queries to each slot, or its square, summed over them; in rows
