@@ -227,15 +227,23 @@ def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = Non
     Returns:
         ``[B, H_kv, S]``; at least 1e-8, so that it has a logarithm.
     """
-    first, second = [in_rows(share[:, :, :, part]) for part in _halves(share)]
-    dual = share.shape[2] * share.shape[3] < share.shape[4] if dual is None else dual
-    mine, other = (_Masses.of(rows, dual, coarse) for rows in (first, second))
+    rows, half = in_rows(share), share.shape[2] * (share.shape[3] // 2)
+    dual = rows.shape[2] < rows.shape[3] if dual is None else dual
+    read = _halved(rows) if dual and coarse else rows
+    mine, other = (_Masses.of(rows[:, :, part], read[:, :, part], dual) for part in (slice(half), slice(half, None)))
     path = mine.descent(rounds)  # [rounds + 1, B, H, S]
-    missed = (second @ path.permute(1, 2, 3, 0) - 1).square().sum(2)  # [B, H, rounds + 1]
+    missed = (rows[:, :, half:] @ path.permute(1, 2, 3, 0) - 1).square().sum(2)  # [B, H, rounds + 1]
     enough = missed <= missed.amin(-1, keepdim=True) + MARGIN * missed[..., :1]
     chosen = enough.int().argmax(-1)[None, ..., None].expand(1, *path.shape[1:])  # the first that is as good
-    both = _Masses(in_rows(share), None if dual else mine.gram + other.gram, coarse)
+    both = _Masses(
+        read, mine.moment + other.moment, mine.squares + other.squares, None if dual else mine.gram + other.gram
+    )
     return both.descent(rounds).gather(0, chosen)[0].clamp_min(_NOTHING)
+
+
+def _halved(rows: Tensor) -> Tensor:
+    """M in bfloat16 on a GPU, where products with it take as long as reading it."""
+    return rows.bfloat16() if rows.is_cuda and rows.dtype == torch.float32 else rows
 
 
 def pursued(share: Tensor, chosen: Tensor, candidates: Tensor, count: Tensor, *, rounds: int = PURSUIT) -> Tensor:
@@ -259,8 +267,8 @@ def pursued(share: Tensor, chosen: Tensor, candidates: Tensor, count: Tensor, *,
         ``[B, H_kv, S]`` bool, those that were added.
     """
     rows = in_rows(share)
-    masses = _Masses(rows, None)  # no product of all slots with all slots
-    moment, tiny = rows.sum(2), torch.finfo(rows.dtype).tiny
+    masses = _Masses.of(rows, rows, dual=True)  # no product of all slots with all slots
+    moment, tiny = masses.moment, torch.finfo(rows.dtype).tiny
     added, left = torch.zeros_like(chosen), count
     picks = (count + rounds - 1) // rounds
     weights = chosen.to(rows.dtype)
@@ -278,35 +286,35 @@ class _Masses:
     """The least-squares problem |M w - 1|^2 of rows M.
 
     Attributes:
-        rows: ``[B, H, M, S]``, M.
+        rows: ``[B, H, M, S]``, M, perhaps in bfloat16.
+        moment: ``[B, H, S]``, M'1.
+        squares: ``[B, H, S]``, the diagonal of M'M.
         gram: ``[B, H, S, S]``, M'M, or None where it costs more than M.
-        coarse: See :func:`best_weights`.
     """
 
     rows: Tensor
+    moment: Tensor
+    squares: Tensor
     gram: Tensor | None
-    coarse: bool = False
 
     @classmethod
-    def of(cls, rows: Tensor, dual: bool, coarse: bool) -> _Masses:
-        """The problem of ``rows``; ``dual`` does without the slots' products."""
-        return cls(rows, None if dual else rows.mT @ rows, coarse)
+    def of(cls, rows: Tensor, read: Tensor, dual: bool) -> _Masses:
+        """The problem of ``rows``; ``dual`` multiplies by ``read``, the same numbers, not by the slots' products."""
+        gram = None if dual else rows.mT @ rows
+        squares = torch.linalg.vector_norm(rows, dim=2).square() if gram is None else gram.diagonal(dim1=-2, dim2=-1)
+        return cls(read, rows.sum(2), squares, gram)
 
     def descent(self, rounds: int) -> Tensor:
         """``[rounds + 1, B, H, S]``: the w after each round, see :func:`descent`."""
-        moment = self.rows.sum(2)
-        if self.gram is not None:
-            return descent(self.gram, moment, rounds)
-        # Products take as long as reading M.
-        halved = self.coarse and self.rows.is_cuda and self.rows.dtype == torch.float32
-        read = _Masses(self.rows.bfloat16(), None) if halved else self
-        return _descend(read.product, torch.linalg.vector_norm(self.rows, dim=2).square(), moment, rounds)
+        return _descend(self.product, self.squares, self.moment, rounds)
 
     def product(self, w: Tensor) -> Tensor:
         """``[B, H, S]``: M'M w."""
         # A line times a matrix is several times as fast on a CPU as a matrix times a column.
-        line = w.unsqueeze(-2).to(self.rows.dtype)
-        return (line @ self.rows.mT @ self.rows if self.gram is None else line @ self.gram).squeeze(-2).to(w.dtype)
+        line = w.unsqueeze(-2)
+        if self.gram is not None:
+            return (line @ self.gram).squeeze(-2)
+        return (line.to(self.rows.dtype) @ self.rows.mT @ self.rows).squeeze(-2).to(w.dtype)
 
 
 def descent(gram: Tensor, moment: Tensor, rounds: int) -> Tensor:

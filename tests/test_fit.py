@@ -263,7 +263,7 @@ def test_rounding_on_a_gpu_costs_no_accuracy(sharp: float, monkeypatch: pytest.M
         return float((found - wanted).norm())
 
     plain = missed()
-    monkeypatch.setattr(fit._Masses, "coarse", lambda its: fit._Masses(its.rows.bfloat16(), None))
+    monkeypatch.setattr(fit, "_halved", lambda rows: rows.bfloat16())
     with Rounded() as mode:
         for module in (fit, attention_matching):
             monkeypatch.setattr(module, "tf32", mode.switched)

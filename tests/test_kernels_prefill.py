@@ -14,9 +14,10 @@ from torch import Tensor
 
 from kvrepro import attention, kernels, methods
 from kvrepro.attention import Step
+from kvrepro.methods.attention_matching import _shares
 from kvrepro.methods.pairs import Choice, greedy_pairs
 from kvrepro.rope import Rotation
-from kvrepro.slots import Slots, partition
+from kvrepro.slots import Slots, compact, partition
 
 prefill = pytest.importorskip("kvrepro.kernels.prefill")
 pairs_kernel = pytest.importorskip("kvrepro.kernels.pairs")
@@ -206,6 +207,27 @@ def test_slots_in_parts_are_attended_to_as_a_whole(
     found = attention.observe(step, slots, 2)
     for name in ("mass", "output", "lse"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(want, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("d", "group", "n", "size", "cap"), SHAPES)
+def test_shares_of_a_mass_that_is_given(
+    d: int, group: int, n: int, size: int, cap: float | None, ragged: bool, dtype: torch.dtype, interpreted: None
+) -> None:
+    """Of all slots' mass those that are left get no more than there is; a query that counts not gives nothing."""
+    torch.manual_seed(d + n)
+    step, slots = cast(*problem(d, group, n, size, cap=cap, ragged=ragged, merged=True), dtype)
+    places = step.query_positions.masked_fill(step.query_positions >= 0, 4 * size)
+    step = dataclasses.replace(step, query_positions=places, behind=True, positions="original")
+    exact, wide = cast(step, slots, torch.float64)
+    lse = attention.observe(exact, wide, power=None).lse
+    left, rest = (compact(x, x.valid & (torch.arange(size) % 3 > 0), size // 2) for x in (slots, wide))
+    ours, want = _shares(step, lse.float(), left), _shares(exact, lse, rest)
+    assert ours.shape == want.shape == (2, 2, group, n, size // 2) and ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), want, rtol=1e-2 if dtype == torch.float16 else 1e-4, atol=1e-6)
+    assert bool((ours.sum(-1) < 1).all())
+    assert bool((ours.sum(-1) == 0).logical_or(lse.isfinite()).all())
 
 
 @pytest.mark.parametrize("unlike", ["", "few", "biased", "ragged", "softcap"])

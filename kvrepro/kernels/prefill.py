@@ -175,6 +175,33 @@ def _column_sums(
     tl.store(out_ptr + head * size + slot, tl.sum(acc, 1), mask=inside)
 
 
+@triton.jit
+def _shares(
+    q_ptr, k_ptr, bias_ptr, lse_ptr, out_ptr, q_b, q_h, q_g, q_n, k_b, k_h, k_s, heads, groups, n, size, scale, softcap,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of slots, blocks of rows, B * H_kv): what BM queries, a group's side by side, give to BN slots."""
+    head = tl.program_id(2).to(tl.int64)
+    b, h = head // heads, head % heads
+    slot = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    i, g = row // groups, row % groups
+    there, inside, dim = row < groups * n, slot < size, tl.arange(0, D)
+    q_ptr += b * q_b + h * q_h
+    q = tl.load(q_ptr + (g * q_g + i * q_n)[:, None] + dim[None, :], mask=there[:, None], other=0.0)
+    k_ptr += b * k_b + h * k_h
+    k = tl.load(k_ptr + slot[None, :] * k_s + dim[:, None], mask=inside[None, :], other=0.0)
+    bias = tl.zeros([BN], tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + head * size + slot, mask=inside, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + (head * groups + g) * n + i, mask=there, other=float("inf")) * LOG2E
+    s = logits(tl.dot(q, k, input_precision=PRECISION), bias[None, :], scale, softcap, BIAS, CAPPED)
+    p = tl.exp2(s * log2_unit(scale, BIAS, CAPPED) - lse[:, None])
+    out = out_ptr + (head * groups * n + row)[:, None] * size + slot[None, :]
+    tl.store(out, p, mask=there[:, None] & inside[None, :])
+
+
 #: Tiles by (kernel, head size is above 128): queries, slots, warps, stages. "least": slots of a split of `attend`.
 CONFIG = {
     "least": 1024,
@@ -184,6 +211,8 @@ CONFIG = {
     ("log_sum_exp", True): (64, 32, 4, 2),
     ("column_sums", False): (64, 128, 4, 3),
     ("column_sums", True): (32, 64, 4, 3),
+    ("shares", False): (64, 128, 4, 1),
+    ("shares", True): (64, 64, 4, 1),
 }
 
 
@@ -330,6 +359,36 @@ def column_sums(
         *queries.stride()[:3], *keys.stride()[:3],
         hq, hq // keys.shape[1], n, size, size - n if past is None else past, first, n, scale, softcap or 0.0,
         power, BIAS=bias is not None, CAPPED=softcap is not None, **tiles,
+    )  # fmt: skip
+    return out
+
+
+@on_its_device
+def shares(
+    queries: Tensor, keys: Tensor, lse: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention of queries that see all slots, as it would be if each had the given log-sum-exp.
+
+    Args:
+        queries: `[B, H_kv, G, n, d]`.
+        keys: `[B, H_kv, S, d]`.
+        lse: `[B, H_kv, G, n]`; +inf leaves a query out.
+        bias: as in `attend`.
+        scale: factor on the logits.
+        softcap: cap on the logits, or None.
+
+    Returns:
+        `[B, H_kv, n, G, S]` float32.
+    """
+    queries, keys = in_rows(queries), in_rows(keys)
+    b, h, g, n, _ = queries.shape
+    size = keys.shape[2]
+    out = queries.new_empty(b, h, n, g, size, dtype=torch.float32)
+    tiles = tiles_for("shares", queries, n * g)
+    _shares[(triton.cdiv(size, tiles["BN"]), triton.cdiv(n * g, tiles["BM"]), b * h)](
+        queries, keys, as_bias(bias, queries), lse.float().contiguous(), out,
+        *queries.stride()[:4], *keys.stride()[:3], h, g, n, size, scale, softcap or 0.0,
+        BIAS=bias is not None, CAPPED=softcap is not None, **tiles,
     )  # fmt: skip
     return out
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kvrepro import kernels
 from kvrepro.attention import Step, observe
 from kvrepro.fit import MARGIN, best_weights, fit_values, mixed, pursued, tf32
 from kvrepro.methods.base import POSITIONS, Method, option
@@ -774,8 +775,12 @@ def _shares(asked: Step, lse: Tensor, slots: Slots) -> Tensor:
     They stand behind all slots and see every one, so that only empty slots are hidden, which the bias does; a place
     without a query has a log-sum-exp of +inf, hence no shares. In memory it is `[B, H_kv, m, G, S]` (see `in_rows`).
     """
-    wide = torch.promote_types(asked.queries.dtype, torch.float32)
     keys, bias = asked.read_keys(slots), asked.bias(slots)
+    if kernels.covers(asked.queries, keys):
+        from kvrepro.kernels import prefill
+
+        return prefill.shares(asked.queries, keys, lse, bias, asked.scale, asked.softcap).transpose(2, 3)
+    wide = torch.promote_types(asked.queries.dtype, torch.float32)
     b, h, g, m, d = asked.queries.shape
     queries = asked.queries.transpose(2, 3).reshape(b * h, m * g, d).to(wide)
     start = lse.transpose(2, 3).reshape(b, h, m * g, 1).to(wide)
