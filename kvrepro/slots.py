@@ -277,11 +277,16 @@ def rank(slots: Slots) -> Tensor:
     return slots.valid.cumsum(dim=2) - 1
 
 
-def protected(slots: Slots, sinks: int, recent: int) -> Tensor:
-    """`[B, H_kv, S]` bool: the first `sinks` and the last `recent` filled slots of each head."""
+def protected(slots: Slots, sinks: int, recent: int, *, in_front: bool = False) -> Tensor:
+    """`[B, H_kv, S]` bool: the first `sinks` and the last `recent` filled slots of each head.
+
+    `in_front`: it is known that a head's empty slots stand in front of all others.
+    """
     if not slots.ragged:
         index = torch.arange(slots.size, device=slots.keys.device)
         return ((index < sinks) | (index >= slots.size - recent)).expand(slots.positions.shape)
+    if in_front and not sinks:
+        return slots.valid & (torch.arange(slots.size, device=slots.keys.device) >= slots.size - recent)
     place = rank(slots)
     count = slots.valid.sum(dim=2, keepdim=True)
     return slots.valid & ((place < sinks) | (place >= count - recent))

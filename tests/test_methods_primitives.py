@@ -72,9 +72,10 @@ def test_top_marks_the_highest_later_first(entries: list[tuple[float, bool]], co
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 4), st.integers(0, 4))
 def test_protected_counts_filled_slots_only(valid: list[bool], sinks: int, recent: int) -> None:
     """Padding is neither a sink nor recent."""
-    marked = primitives.protected(make_slots(valid), sinks, recent)[0, 0].nonzero().flatten().tolist()
-    filled = [i for i, held in enumerate(valid) if held]
-    assert marked == sorted(set(filled[:sinks]) | set(filled[max(len(filled) - recent, 0) :]))
+    for slots, in_front in ((make_slots(valid), False), (make_slots(sorted(valid)), True)):
+        marked = primitives.protected(slots, sinks, recent, in_front=in_front)[0, 0].nonzero().flatten().tolist()
+        filled = slots.valid[0, 0].nonzero().flatten().tolist()
+        assert marked == sorted(set(filled[:sinks]) | set(filled[max(len(filled) - recent, 0) :]))
 
 
 @BOUNDED

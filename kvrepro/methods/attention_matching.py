@@ -441,9 +441,10 @@ class AttentionMatching(Method):
         """
         seen, rooms = step.found, step.rooms
         ends = self.sinks_of(budget), self.recent_of(budget)
-        safe, room = protected(slots, *ends), budget if rooms is None else rooms.unsqueeze(-1)
+        room = budget if rooms is None else rooms.unsqueeze(-1)
+        safe = protected(slots, *ends, in_front=step.one_over)
         if step.one_over:
-            free = room - freed - sum(ends)
+            free = room - (freed + sum(ends))
         else:
             count = slots.valid.sum(dim=2, keepdim=True)
             free = torch.where(count > room, room - freed, count) - safe.sum(dim=2, keepdim=True)
