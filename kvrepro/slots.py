@@ -266,10 +266,10 @@ def compact(
 
 
 def _blank(x: Tensor, empty: Tensor | None, fill: int = 0) -> Tensor:
-    """`x` `[B, H, S]` or `[B, H, S, d]` with `fill` where `empty` `[B, H, S]`; None says that nothing is."""
+    """`x` `[B, H, S]` or `[B, H, S, d]`, in place, with `fill` where `empty` `[B, H, S]`; None says that nothing is."""
     if empty is None:
         return x
-    return x.masked_fill(empty if x.dim() == 3 else empty.unsqueeze(-1), fill)
+    return x.masked_fill_(empty if x.dim() == 3 else empty.unsqueeze(-1), fill)
 
 
 def rank(slots: Slots) -> Tensor:

@@ -307,8 +307,8 @@ def full(static: StaticSlots) -> Slots:
         found,
         keys=found.keys[row],
         values=found.values[row],
-        positions=found.positions[row].masked_fill(empty, -1),
-        cardinality=found.cardinality[row].masked_fill(empty, 0),
+        positions=found.positions[row].masked_fill_(empty, -1),
+        cardinality=found.cardinality[row].masked_fill_(empty, 0),
         stats={name: x[row] for name, x in found.stats.items()},
         ragged=True,
     )

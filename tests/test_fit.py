@@ -242,6 +242,15 @@ class Rounded(TorchFunctionMode):
         self.on = before
 
 
+def test_halves_of_the_queries_are_views() -> None:
+    """Of shares as the fit forms them; they are the largest that it holds."""
+    share = random(2, 3, 6, 4, 5, seed=0).transpose(2, 3)
+    for part in (slice(3), slice(3, None)):
+        rows = fit.in_rows(share[:, :, :, part])
+        assert rows.untyped_storage().data_ptr() == share.untyped_storage().data_ptr()
+        torch.testing.assert_close(rows[1, 2, 4 + 3], share[1, 2, 3, part.start or 0 :][1])
+
+
 @pytest.mark.parametrize("sharp", [0.5, 1.0, 3.0])
 def test_rounding_on_a_gpu_costs_no_accuracy(sharp: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other queries' output, slots fitted in a 16-bit model miss as much with and without, to a hundredth."""

@@ -78,19 +78,24 @@ def test_top_equals_its_twin_bit_for_bit(size: int, held: int, monkeypatch: pyte
         assert torch.equal(merging.top(score[None].to(dtype), candidates, count, taken), want)
 
 
+@pytest.mark.parametrize("heads", [1, 3, 4])
 @pytest.mark.parametrize("size", [1, 7, 40])
-def test_a_token_s_score_is_averaged_over_the_heads_that_hold_it(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_s_score_is_averaged_over_the_heads_that_hold_it(
+    size: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel, its twin, and loops; heads hold different tokens, and different numbers of them."""
     monkeypatch.setitem(merging.CONFIG, "looked_for", 64)
-    positions = torch.rand(2, 3, 2 * size).argsort(dim=2)[..., :size].sort(dim=2).values.int()
-    empty = torch.arange(size) < torch.tensor([[0, 1, 0], [2, 0, 5]])[..., None]
-    positions, score = positions.masked_fill(empty, -1), torch.rand(2, 3, size).masked_fill(empty, 0)
+    positions = torch.rand(2, heads, 2 * size).argsort(dim=2)[..., :size].sort(dim=2).values.int()
+    empty = torch.arange(size) < torch.tensor([[0, 1, 0, 3], [2, 0, 5, 0]])[:, :heads, None]
+    positions, score = positions.masked_fill(empty, -1), torch.rand(2, heads, size).masked_fill(empty, 0)
     want = torch.zeros_like(score)
-    for b, h, s in itertools.product(range(2), range(3), range(size)):
+    for b, h, s in itertools.product(range(2), range(heads), range(size)):
         token = positions[b, h, s]
-        held = [score[b, k][positions[b, k] == token][0] for k in range(3) if bool((positions[b, k] == token).any())]
+        held = [
+            score[b, k][positions[b, k] == token][0] for k in range(heads) if bool((positions[b, k] == token).any())
+        ]
         want[b, h, s] = sum(held) / len(held)
-    keys = torch.zeros(2, 3, size, 16)
+    keys = torch.zeros(2, heads, size, 16)
     slots = Slots(keys, keys, positions, (positions >= 0).int(), dense=False, ragged=True)
     torch.testing.assert_close(merging.by_token(score, positions), want)
     torch.testing.assert_close(attention_matching._by_token(score, slots), want)

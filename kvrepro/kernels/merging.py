@@ -5,6 +5,7 @@ What bounds each kernel at Llama-3.1-8B's shape (8 KV heads, d = 128, bfloat16),
 | kernel | reads and writes | flops | floor on an H100 (3.0 TB/s, 800 TFLOP/s) |
 |---|---|---|---|
 | `top`, `partition` | scores, 1 MB, 5 times and by each tile; marks by each tile (from L2) | | 0.03 ms, latency |
+| `by_token` | a token's place in each head, 16 reads from L2 one after another | | latency |
 | `neighbours`, `distance`, `project` | keys once, 67 MB | | 0.022 ms each |
 | `nearest` | keys twice, 118 MB; the kept ones again from L2, 3.2 GB by tiles of 128 | 4.1e11 | 0.52 ms |
 | `settle` | 12 bytes a slot, a head's similarities once a program from L2 | | 0.005 ms, latency |
@@ -212,7 +213,7 @@ def by_token(score: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         score: `[B, H, S]` float32.
-        positions: `[B, H, S]` int32, ascending in each head.
+        positions: `[B, H, S]` int32, ascending in each head; -1 for an empty slot, in front.
 
     Returns:
         `[B, H, S]` float32.

@@ -26,7 +26,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 def logits(s, bias, scale, softcap, BIAS: tl.constexpr, CAPPED: tl.constexpr):
     """Logits in base 2 of products of queries and keys `s`; with neither bias nor cap the products themselves.
 
-    Those are then times `scale` in base 2, which the exponent's subtraction does on the way (`log2_unit`).
+    Those are then times `scale` in base 2, which the exponent's subtraction does on the way (`log2_unit`); it is > 0.
     """
     if CAPPED:
         s = s * scale
@@ -203,15 +203,19 @@ def _shares(
 
 
 #: Tiles by (kernel, head size is above 128): queries, slots, warps, stages. "least": slots of a split of `attend`.
+#: "few": queries that have tiles of their own, at most.
 CONFIG = {
     "least": 1024,
+    "few": 64,
     ("attend", False): (128, 64, 8, 3),
     ("attend", True): (64, 32, 4, 2),
     ("log_sum_exp", False): (128, 64, 8, 3),
     ("log_sum_exp", True): (64, 32, 4, 2),
+    ("log_sum_exp of few", False): (64, 128, 4, 2),
+    ("log_sum_exp of few", True): (64, 32, 4, 2),
     ("column_sums", False): (64, 128, 4, 3),
     ("column_sums", True): (32, 64, 4, 3),
-    ("shares", False): (64, 128, 4, 1),
+    ("shares", False): (64, 64, 4, 1),
     ("shares", True): (64, 64, 4, 1),
 }
 
@@ -282,14 +286,15 @@ def log_sum_exp(
     past: int | None = None,
 ) -> Tensor:
     """The second result of `attend` alone, which takes half the work."""
-    return _attended("log_sum_exp", in_rows(queries), in_rows(keys), None, None, bias, scale, softcap, past)[0]
+    kernel = "log_sum_exp" if queries.shape[2] > CONFIG["few"] else "log_sum_exp of few"
+    return _attended(kernel, in_rows(queries), in_rows(keys), None, None, bias, scale, softcap, past)[0]
 
 
 def splits(queries: Tensor, size: int) -> int:
     """Parts that the slots are cut into, so that few queries `[B, H_q, n, d]` over many slots fill the device."""
     b, h, n, _ = queries.shape
     busy = triton.cdiv(n, tiles_for("attend", queries, n)["BM"]) * b * h
-    return max(1, min(2 * processors(queries) // busy, size // CONFIG["least"]))
+    return max(1, min(2 * processors(queries) // max(1, busy), size // CONFIG["least"]))
 
 
 def _attended(
@@ -307,7 +312,6 @@ def _attended(
     b, hq, n, _ = queries.shape
     size = keys.shape[2]
     tiles = tiles_for(kernel, queries, n)
-    tiles["num_warps"] = min(tiles["num_warps"], max(4, tiles["BM"] // 16))
     parts = 1 if out is None else len(out)
     span = triton.cdiv(triton.cdiv(size, parts), tiles["BN"]) * tiles["BN"]
     lse = queries.new_empty(parts, b, hq, n, dtype=torch.float32)
