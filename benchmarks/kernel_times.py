@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
 
-from kvrepro.kernels import prefill
+from kvrepro.attention import View
+from kvrepro.kernels import pairs, prefill
+from kvrepro.methods.pairs import Choice
+from kvrepro.slots import partition
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 
@@ -83,19 +86,44 @@ def sweep_tiles(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, product: float) ->
     prefill.CONFIG.update(kept)
 
 
-def curvatures(length: int, window: int) -> None:
-    """KVSlimmer's norms for every other pair of `length` slots, from `window` queries."""
+def references(length: int, count: int, fitted: int, sweep: bool) -> None:
+    """What queries behind `length` slots see of them: what they attend to, and what some of them get."""
+    q, k, v = tensors(length, 0)
+    q, scale, product = q[:, :, -count:], DIM**-0.5, 2 * HEADS * count * length * DIM
+    print(f"{count} queries behind {length} slots")
+    line("cuDNN with log-sum-exp", lambda: fused(q, k, v, "cudnn", causal=False), 2 * product)
+    line("log_sum_exp", lambda: prefill.log_sum_exp(q, k, None, scale, None, length), product)
+    lse = prefill.log_sum_exp(q, k, None, scale, None, length)
+    line("column_sums, squares", lambda: prefill.column_sums(q, k, lse, None, scale, None, 0, length, 2), product)
+    few, part = q[:, :, -fitted:], product * fitted // count
+    line(f"cuDNN, {fitted} queries", lambda: fused(few, k, v, "cudnn", causal=False), 2 * part)
+    line(f"attend, {fitted} queries", lambda: prefill.attend(few, k, v, None, scale, None, length), 2 * part)
+    asked, left = few.unflatten(1, (KV_HEADS, -1)), k[:, :, ::4]
+    normal = lse[:, :, -fitted:].unflatten(1, (KV_HEADS, -1))
+    line("shares at a quarter", lambda: prefill.shares(asked, left, normal, None, scale, None), part / 4)
+    if sweep:
+        kept = dict(prefill.CONFIG)
+        for m, n, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3)):
+            prefill.CONFIG["log_sum_exp", False] = (m, n, warps, stages)
+            name = f"log_sum_exp {m, n, warps, stages}"
+            line(name, lambda: prefill.log_sum_exp(q, k, None, scale, None, length), product)
+        prefill.CONFIG.update(kept)
+
+
+def closed_form(length: int, window: int) -> None:
+    """KVSlimmer's shares of every other pair of `length` slots, from `window` queries."""
     q, k, v = tensors(length, 0)
     q = q[:, :, -window:]
     out, lse = prefill.attend(q, k, v, None, DIM**-0.5, None)
-    left = torch.arange(0, length - 1, 2, device="cuda").expand(1, KV_HEADS, -1).contiguous()
+    places = torch.arange(length, device="cuda", dtype=torch.int32).expand(1, KV_HEADS, -1).contiguous()
+    chosen = (places[:, :1, 1:] % 2).bool()
+    order = partition(torch.nn.functional.pad(chosen, (0, 1)))[0]
+    choice = Choice(chosen, order, length // 2 - 1, length // 2 - 1)
+    view = View(q, k, v, None, out, lse, DIM**-0.5, None, k, length - window)
+    mass = torch.rand(1, KV_HEADS, length, device="cuda")
     product = 2 * HEADS * window * length * DIM
-    print(f"curvatures of {length // 2} pairs from {window} queries")
-    line(
-        "curvature",
-        lambda: prefill.curvature(q, k, v, out, lse, None, (left, left + 1), DIM**-0.5, None),
-        2 * product,
-    )
+    print(f"closed form of {length // 2 - 1} pairs from {window} queries")
+    line("shares of pairs", lambda: pairs.shares(view, places, places[:, 0, -window:], mass, choice), 2 * product)
 
 
 def main() -> None:
@@ -109,7 +137,8 @@ def main() -> None:
         prefill_kernels(length, 0, args.sweep and length == max(args.length))
     prefill_kernels(512, 2080, False)
     prefill_kernels(16384, 32768, False)
-    curvatures(32768, 512)
+    references(32768, 2048, 64, args.sweep)
+    closed_form(32768, 512)
 
 
 if __name__ == "__main__":

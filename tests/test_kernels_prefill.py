@@ -387,7 +387,11 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "q, k = torch.randn(1, 8, 200, 128).bfloat16(), torch.randn(1, 2, 300, 128).bfloat16()\n"
         "for bias, cap in ((None, None), (torch.zeros(1, 2, 300), 2.0)):\n"
         "    out, lse = prefill.attend(q, k, k, bias, 0.1, cap)\n"
-        "    prefill.column_sums(q, k, lse, bias, 0.1, cap)\n"
+        "    prefill.column_sums(q, k, lse, bias, 0.1, cap, power=2)\n"
+        "    for queries in (q, q[:, :, :32]):\n"
+        "        prefill.log_sum_exp(queries, k, bias, 0.1, cap, 300)\n"
+        "    prefill.shares(q.view(1, 2, 4, 200, 128), k, lse, bias, 0.1, cap)\n"
+        "prefill.attend(q[:, :, :32], *2 * [torch.randn(1, 2, 9000, 128).bfloat16()], None, 0.1, None, 9000)\n"
         "ones = torch.ones(1, 2, 300, dtype=torch.int32)\n"
         "slots, mass = Slots(k, k, ones, ones), torch.rand(1, 2, 300)\n"
         "pairs.scores(mass, slots, 4, 8, 650.0, True)\n"
@@ -396,6 +400,8 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "score = torch.rand(1, 2, 40000)\n"
         "for size in (300, 20000, 40000):\n"
         "    merging.partition(merging.top(score[..., :size], score[..., :size] > 0.2, 100))\n"
+        "    merging.top(score[..., :size], score[..., :size] > 0.2, 100, score[..., :size] > 0.8)\n"
+        "merging.by_token(score[..., :300].contiguous(), ones)\n"
         "order = torch.arange(300).expand(1, 1, -1)\n"
         "for count in (100, torch.full((1, 1, 1), 90)):\n"
         "    choice = Choice(ones[:, :1, 1:] > 0, order, count, 100)\n"
@@ -405,7 +411,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         "        pairs.merge(slots, mass, choice, share, 5, torch.rand(64))\n",
         encoding="utf-8",
     )
-    compile_script(script, launches=27)
+    compile_script(script, launches=46)
 
 
 def test_decoding_compiles_for_a_gpu(tmp_path: Path) -> None:
@@ -425,10 +431,11 @@ def test_decoding_compiles_for_a_gpu(tmp_path: Path) -> None:
         "for rule, names in ((joining, ('mass', 'count')), (following, ('mass',)), (last, ('last',))):\n"
         "    fixed = static.freeze_shape(slots, 300, rule, ones[0, :1, 0], names, None, layer=1)\n"
         "    q = torch.randn(1, 2, 4, 128).bfloat16()\n"
-        "    decode.step(fixed, q, k[:, :, 0], k[:, :, 0], 0.1, None)\n",
+        "    for window in (None, (torch.randn(1, 2, 4, 16, 128).bfloat16(), torch.zeros(1, dtype=torch.int64))):\n"
+        "        decode.step(fixed, q, k[:, :, 0], k[:, :, 0], 0.1, None, window)\n",
         encoding="utf-8",
     )
-    compile_script(script, launches=6)
+    compile_script(script, launches=12)
 
 
 def compile_script(script: Path, launches: int) -> None:
