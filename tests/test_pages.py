@@ -34,7 +34,7 @@ WRITTEN = ("results", "published", "_generated", "status.md", "compare.md")
 GENERATED = shutil.ignore_patterns(*WRITTEN, "__pycache__", ".ipynb_checkpoints")
 LOCAL_SCHEMES = ("data", "blob", "about", "file")
 BROWSER_SCHEMES = ("chrome", "chrome-untrusted", "chrome-extension", "devtools")
-_HUNG_S = 3000  # a build takes five minutes, and several times that on a busy machine
+_HUNG_S = 3000  # a build takes six minutes beside the other tests, and several times that on a busy machine
 
 
 @dataclass(frozen=True)
