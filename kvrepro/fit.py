@@ -309,12 +309,12 @@ class _Masses:
         return _descend(self.product, self.squares, self.moment, rounds)
 
     def product(self, w: Tensor) -> Tensor:
-        """``[B, H, S]``: M'M w."""
+        """``[B, H, S]``: M'M w, in the type of the rows."""
         # A line times a matrix is several times as fast on a CPU as a matrix times a column.
         line = w.unsqueeze(-2)
         if self.gram is not None:
             return (line @ self.gram).squeeze(-2)
-        return (line.to(self.rows.dtype) @ self.rows.mT @ self.rows).squeeze(-2).to(w.dtype)
+        return (line.to(self.rows.dtype) @ self.rows.mT @ self.rows).squeeze(-2)
 
 
 def descent(gram: Tensor, moment: Tensor, rounds: int) -> Tensor:

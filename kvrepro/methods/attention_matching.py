@@ -35,7 +35,7 @@ BASES: dict[str, dict[str, Any]] = {
 #: Streams of the two uniform numbers that a normal one is made of.
 _RADIUS, _ANGLE = 3, 4
 #: Bytes of shares of the mass, keys and values that are held side by side where heads of several layers are fitted.
-_TOGETHER = 1 << 29
+_TOGETHER = 3 << 28
 _SIDES = ("keys", "values", "positions", "cardinality")
 
 
