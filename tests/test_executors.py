@@ -605,19 +605,30 @@ def test_workers_of_a_build_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         executors.check()
 
 
-def test_workers_are_killed_at_what_they_do_after_an_interrupt(tmp_path: Path) -> None:
+def test_workers_are_killed_at_what_they_do_after_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are asked to end, since they would first be waited for."""
     started: list[int] = []
+    codes: list[int] = []
+    end = workers._end
+
+    def noted(running: list[subprocess.Popen[bytes]]) -> None:
+        """Ask them to end, once they have; who is not killed goes on."""
+        codes.extend(process.wait(60) for process in running)
+        end(running)
+
+    monkeypatch.setattr(workers, "_end", noted)
     with (
         pytest.raises(KeyboardInterrupt),
         workers.working(2, tmp_path) as name,
         Client(name.replace("dask://", "tcp://"), set_as_default=False) as client,
     ):
         started += client.run(os.getpid).values()
-        fire_and_forget(client.submit(time.sleep, 600))
-        time.sleep(0.5)
-        before = time.monotonic()
+        begun = tmp_path / "begun"
+        # Not a function of this module, which these workers cannot import.
+        fire_and_forget(client.submit(exec, f"import time; open({str(begun)!r}, 'w').close(); time.sleep(600)"))
+        until(begun)
         raise KeyboardInterrupt
-    assert time.monotonic() - before < 5  # asked nicely, it would be waited for
+    assert codes == 2 * [-signal.SIGKILL]
     assert len(started) == 2 and not any(map(alive, started))
 
 
