@@ -18,20 +18,47 @@ from kvrepro import decode, fixed, kernels
 from kvrepro.rope import Rotation
 
 
-def launchers() -> Iterator[tuple[str, bool]]:
-    """Each function of the kernel modules that launches one, and whether it does so on its tensors' device."""
-    for found in pkgutil.iter_modules(kernels.__path__, "kvrepro.kernels."):
-        source = inspect.getsource(importlib.import_module(found.name))
-        for function in (x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.FunctionDef)):
-            calls = [x.func for x in ast.walk(function) if isinstance(x, ast.Call)]
-            if any(isinstance(x, ast.Subscript) for x in calls):
-                marks = [ast.unparse(mark) for mark in function.decorator_list]
-                yield f"{found.name}.{function.name}", "on_its_device" in marks
+def launchers(module: str, source: str) -> Iterator[tuple[str, bool]]:
+    """Each function of a module that launches a kernel, and whether it does so on its tensors' device.
+
+    A private one does if all that call it do.
+    """
+    functions = {x.name: x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.FunctionDef)}
+    calls = {name: [x.func for x in ast.walk(f) if isinstance(x, ast.Call)] for name, f in functions.items()}
+    called = {name: {x.id for x in its if isinstance(x, ast.Name)} for name, its in calls.items()}
+
+    def placed(name: str) -> bool:
+        """Whether everything that the function launches goes there."""
+        if "on_its_device" in map(ast.unparse, functions[name].decorator_list):
+            return True
+        callers = [other for other, names in called.items() if name in names - {other}]
+        return name.startswith("_") and bool(callers) and all(map(placed, callers))
+
+    for name, its in calls.items():
+        if any(isinstance(x, ast.Subscript) for x in its):
+            yield f"{module}.{name}", placed(name)
+
+
+def test_what_launches_on_its_tensors_device() -> None:
+    """Marked functions, and private ones that only they call."""
+    source = """
+@on_its_device
+def marked(x): _helper(x)
+def _helper(x): kernel[(1,)](x)
+def plain(x): _shared(x)
+@on_its_device
+def also(x): _shared(x)
+def _shared(x): kernel[(1,)](x)
+def _nobody_s(x): kernel[(1,)](x)
+"""
+    assert dict(launchers("m", source)) == {"m._helper": True, "m._shared": False, "m._nobody_s": False}
 
 
 def test_every_kernel_is_launched_on_its_tensors_device() -> None:
     pytest.importorskip("triton")
-    found = dict(launchers())
+    found: dict[str, bool] = {}
+    for module in pkgutil.iter_modules(kernels.__path__, "kvrepro.kernels."):
+        found |= launchers(module.name, inspect.getsource(importlib.import_module(module.name)))
     assert {"kvrepro.kernels.rotation.rotate", "kvrepro.kernels.decode.step"} < set(found)
     assert [name for name, placed in found.items() if not placed] == []
 
