@@ -741,7 +741,8 @@ def _by_token(score: Tensor, slots: Slots) -> Tensor:
     if has_kernel(score):
         from kvrepro.kernels import merging
 
-        return merging.by_token(score, slots.positions)
+        # An empty slot between others, as padding of a later pass is, takes the place before its own.
+        return merging.by_token(score, slots.positions.cummax(dim=2).values)
     token, order = slots.positions.flatten(1).sort(dim=1)
     token = torch.nn.functional.pad((token[:, 1:] != token[:, :-1]).cumsum(dim=1), (1, 0))  # those there are, counted
     score = score.flatten(1).gather(1, order)
