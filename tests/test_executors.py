@@ -632,15 +632,32 @@ def test_workers_are_killed_at_what_they_do_after_an_interrupt(tmp_path: Path, m
     assert len(started) == 2 and not any(map(alive, started))
 
 
-def test_workers_that_do_not_start_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no')"])
     log = tmp_path / "workers.log"
     with (
-        pytest.raises(ExecutorError, match=f"0 of 2 workers started; {log} says more"),
-        workers.working(2, tmp_path, log),
+        pytest.raises(ExecutorError, match=f"0 of 1 workers started; {log} says more"),
+        workers.working(1, tmp_path, log),
     ):
         pass
-    assert log.read_text() == "no\nno\n"
+    assert log.read_text() == "no\n"
+
+
+def test_a_worker_that_does_not_start_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may be killed before they have said anything."""
+    started: list[subprocess.Popen[bytes]] = []
+    start, seconds = workers._started, iter(["600", "0"])
+
+    def noted(*given: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*given))
+        return started[-1]
+
+    monkeypatch.setattr(workers, "_started", noted)
+    code = "import sys, time; time.sleep(int(sys.argv[1]))"
+    monkeypatch.setattr(workers, "_command", lambda *_: [sys.executable, "-c", code, next(seconds)])
+    with pytest.raises(ExecutorError, match="0 of 2 workers started$"), workers.working(2, tmp_path):
+        pass
+    assert [process.poll() for process in started] == [-signal.SIGKILL, 0]
 
 
 @pytest.mark.parametrize(
