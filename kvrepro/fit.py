@@ -230,12 +230,12 @@ def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = Non
     rows, half = in_rows(share), share.shape[2] * (share.shape[3] // 2)
     dual = rows.shape[2] < rows.shape[3] if dual is None else dual
     read = _halved(rows) if dual and coarse else rows
-    mine, other = (_Masses.of(rows[:, :, part], read[:, :, part], dual) for part in (slice(half), slice(half, None)))
+    mine, other = (Masses.of(rows[:, :, part], read[:, :, part], dual) for part in (slice(half), slice(half, None)))
     path = mine.descent(rounds)  # [rounds + 1, B, H, S]
     missed = (rows[:, :, half:] @ path.permute(1, 2, 3, 0) - 1).square().sum(2)  # [B, H, rounds + 1]
     enough = missed <= missed.amin(-1, keepdim=True) + MARGIN * missed[..., :1]
     chosen = enough.int().argmax(-1)[None, ..., None].expand(1, *path.shape[1:])  # the first that is as good
-    both = _Masses(
+    both = Masses(
         read, mine.moment + other.moment, mine.squares + other.squares, None if dual else mine.gram + other.gram
     )
     return both.descent(rounds).gather(0, chosen)[0].clamp_min(_NOTHING)
@@ -267,7 +267,7 @@ def pursued(share: Tensor, chosen: Tensor, candidates: Tensor, count: Tensor, *,
         ``[B, H_kv, S]`` bool, those that were added.
     """
     rows = in_rows(share)
-    masses = _Masses.of(rows, rows, dual=True)  # no product of all slots with all slots
+    masses = Masses.of(rows, rows, dual=True)  # no product of all slots with all slots
     moment, tiny = masses.moment, torch.finfo(rows.dtype).tiny
     added, left = torch.zeros_like(chosen), count
     picks = (count + rounds - 1) // rounds
@@ -282,14 +282,14 @@ def pursued(share: Tensor, chosen: Tensor, candidates: Tensor, count: Tensor, *,
 
 
 @dataclass(frozen=True)
-class _Masses:
-    """The least-squares problem |M w - 1|^2 of rows M.
+class Masses:
+    """The least-squares problem min |M w - 1|^2 over w >= 0 of rows M.
 
     Attributes:
-        rows: ``[B, H, M, S]``, M, perhaps in bfloat16.
-        moment: ``[B, H, S]``, M'1.
-        squares: ``[B, H, S]``, the diagonal of M'M.
-        gram: ``[B, H, S, S]``, M'M, or None where it costs more than M.
+        rows: ``[..., M, S]``, M, perhaps in bfloat16.
+        moment: ``[..., S]``, M'1.
+        squares: ``[..., S]``, the diagonal of M'M.
+        gram: ``[..., S, S]``, M'M, or None where it costs more than M.
     """
 
     rows: Tensor
@@ -298,51 +298,35 @@ class _Masses:
     gram: Tensor | None
 
     @classmethod
-    def of(cls, rows: Tensor, read: Tensor, dual: bool) -> _Masses:
+    def of(cls, rows: Tensor, read: Tensor, dual: bool) -> Masses:
         """The problem of ``rows``; ``dual`` multiplies by ``read``, the same numbers, not by the slots' products."""
         gram = None if dual else rows.mT @ rows
-        squares = torch.linalg.vector_norm(rows, dim=2).square() if gram is None else gram.diagonal(dim1=-2, dim2=-1)
-        return cls(read, rows.sum(2), squares, gram)
+        squares = torch.linalg.vector_norm(rows, dim=-2).square() if gram is None else gram.diagonal(dim1=-2, dim2=-1)
+        return cls(read, rows.sum(-2), squares, gram)
 
     def descent(self, rounds: int) -> Tensor:
-        """``[rounds + 1, B, H, S]``: the w after each round, see :func:`descent`."""
-        return _descend(self.product, self.squares, self.moment, rounds)
+        """``[rounds + 1, ..., S]``: the w after each round of accelerated projected gradient, the start, w = 1, first.
+
+        Columns are scaled to length 1. M has no negative numbers.
+        """
+        tiny, eps = torch.finfo(self.squares.dtype).tiny, torch.finfo(self.squares.dtype).eps
+        length = self.squares.clamp_min(tiny).sqrt()
+        # The largest sum of a row is above the largest eigenvalue; a head without attention has none.
+        stride = 1 / (self.product(1 / length) / length).amax(-1, keepdim=True).clamp_min(eps)
+        # Of w itself, whose columns are not scaled.
+        stride = torch.where(self.squares > tiny, stride / self.squares, 0.0)
+        now = ahead = torch.ones_like(length)
+        path = [now]
+        for k in range(rounds):
+            now = torch.addcmul(ahead, stride, self.product(ahead) - self.moment, value=-1).clamp_min_(0)
+            ahead = torch.lerp(path[-1], now, 1 + k / (k + 3))
+            path.append(now)
+        return torch.stack(path)
 
     def product(self, w: Tensor) -> Tensor:
-        """``[B, H, S]``: M'M w."""
+        """``[..., S]``: M'M w, in the type of the rows."""
         # A line times a matrix is several times as fast on a CPU as a matrix times a column.
         line = w.unsqueeze(-2)
         if self.gram is not None:
             return (line @ self.gram).squeeze(-2)
-        return (line.to(self.rows.dtype) @ self.rows.mT @ self.rows).squeeze(-2).to(w.dtype)
-
-
-def descent(gram: Tensor, moment: Tensor, rounds: int) -> Tensor:
-    """Accelerated projected gradient for min |M w - 1|^2 over w >= 0, from w = 1, columns scaled to length 1.
-
-    Args:
-        gram: ``[..., S, S]``, M'M; no negative numbers.
-        moment: ``[..., S]``, M'1.
-        rounds: Rounds.
-
-    Returns:
-        ``[rounds + 1, ..., S]``, the w after each round, the start first.
-    """
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    return _descend(lambda w: (gram @ w.unsqueeze(-1)).squeeze(-1), squares, moment, rounds)
-
-
-def _descend(product: Callable[[Tensor], Tensor], squares: Tensor, moment: Tensor, rounds: int) -> Tensor:
-    """:func:`descent`, given how to multiply by M'M, and its diagonal ``[..., S]``."""
-    tiny, eps = torch.finfo(squares.dtype).tiny, torch.finfo(squares.dtype).eps
-    length = squares.clamp_min(tiny).sqrt()
-    # The largest sum of a row is above the largest eigenvalue; a head without attention has none.
-    stride = 1 / (product(1 / length) / length).amax(-1, keepdim=True).clamp_min(eps)
-    stride = torch.where(squares > tiny, stride / squares, 0.0)  # of w itself, whose columns are not scaled
-    now = ahead = torch.ones_like(length)
-    path = [now]
-    for k in range(rounds):
-        now = torch.addcmul(ahead, stride, product(ahead) - moment, value=-1).clamp_min_(0)
-        ahead = torch.lerp(path[-1], now, 1 + k / (k + 3))
-        path.append(now)
-    return torch.stack(path)
+        return (line.to(self.rows.dtype) @ self.rows.mT @ self.rows).squeeze(-2)

@@ -125,6 +125,19 @@ def test_on_a_cpu_memory_is_watched_over_one_cycle_and_finds_what_all_steps_hold
     assert found["peak"] == before + peak
 
 
+def test_on_a_gpu_what_is_decoded_first_does_not_count(setup: speed.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a process times first is preceded by something that is decoded once and not recorded."""
+    ran: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(speed, "_decode_now", lambda *given: ran.append(given))
+    monkeypatch.setattr(speed.Setup, "place", property(lambda its: torch.device("cuda")))
+    speed._decode_before.cache_clear()
+    wanted = (setup, "kvslimmer", None, 48, 1, False, 4, 3)
+    for _ in range(2):
+        speed._decode(*wanted)
+    assert ran[1:] == [wanted, wanted] and ran[0][:2] == (setup, "streaming_llm")
+    speed._decode_before.cache_clear()
+
+
 def test_running_out_of_memory_costs_one_record(setup: speed.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     read = speed.read_prompt
 

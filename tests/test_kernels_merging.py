@@ -101,6 +101,18 @@ def test_a_token_s_score_is_averaged_over_the_heads_that_hold_it(
     torch.testing.assert_close(attention_matching._by_token(score, slots), want)
 
 
+def test_a_token_s_score_is_found_behind_padding_between_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of a batch whose later pass is padded has empty slots between filled ones."""
+    positions = torch.rand(2, 3, 60).argsort(dim=2)[..., :30].sort(dim=2).values.int()
+    positions[0, :, 9:17] = -1
+    valid = positions >= 0
+    score, keys = torch.rand(2, 3, 30).masked_fill(~valid, 0), torch.zeros(2, 3, 30, 16)
+    slots = Slots(keys, keys, positions, valid.int(), dense=False, ragged=True)
+    want = attention_matching._by_token(score, slots)
+    monkeypatch.setattr(attention_matching, "has_kernel", lambda x: True)
+    torch.testing.assert_close(attention_matching._by_token(score, slots)[valid], want[valid])
+
+
 @pytest.mark.parametrize("size", [1, 5, 37, 130])
 def test_partition_equals_its_twin_and_a_stable_sort(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(merging.CONFIG, "scan", 32)

@@ -35,7 +35,7 @@ BASES: dict[str, dict[str, Any]] = {
 #: Streams of the two uniform numbers that a normal one is made of.
 _RADIUS, _ANGLE = 3, 4
 #: Bytes of shares of the mass, keys and values that are held side by side where heads of several layers are fitted.
-_TOGETHER = 1 << 29
+_TOGETHER = 3 << 28
 _SIDES = ("keys", "values", "positions", "cardinality")
 
 
@@ -741,7 +741,8 @@ def _by_token(score: Tensor, slots: Slots) -> Tensor:
     if has_kernel(score):
         from kvrepro.kernels import merging
 
-        return merging.by_token(score, slots.positions)
+        # An empty slot between others, as padding of a later pass is, takes the place before its own.
+        return merging.by_token(score, slots.positions.cummax(dim=2).values)
     token, order = slots.positions.flatten(1).sort(dim=1)
     token = torch.nn.functional.pad((token[:, 1:] != token[:, :-1]).cumsum(dim=1), (1, 0))  # those there are, counted
     score = score.flatten(1).gather(1, order)
