@@ -8,7 +8,8 @@ an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -230,15 +231,12 @@ def best_weights(share: Tensor, rounds: int = ROUNDS, *, dual: bool | None = Non
     rows, half = in_rows(share), share.shape[2] * (share.shape[3] // 2)
     dual = rows.shape[2] < rows.shape[3] if dual is None else dual
     read = _halved(rows) if dual and coarse else rows
-    mine, other = (Masses.of(rows[:, :, part], read[:, :, part], dual) for part in (slice(half), slice(half, None)))
-    path = mine.descent(rounds)  # [rounds + 1, B, H, S]
-    missed = (rows[:, :, half:] @ path.permute(1, 2, 3, 0) - 1).square().sum(2)  # [B, H, rounds + 1]
+    path = Masses.of(rows, read, dual, half).descent(rounds)  # [rounds + 1, B, H, 2, S]
+    missed = (rows[:, :, half:] @ path[..., 0, :].permute(1, 2, 3, 0) - 1).square().sum(2)  # [B, H, rounds + 1]
     enough = missed <= missed.amin(-1, keepdim=True) + MARGIN * missed[..., :1]
-    chosen = enough.int().argmax(-1)[None, ..., None].expand(1, *path.shape[1:])  # the first that is as good
-    both = Masses(
-        read, mine.moment + other.moment, mine.squares + other.squares, None if dual else mine.gram + other.gram
-    )
-    return both.descent(rounds).gather(0, chosen)[0].clamp_min(_NOTHING)
+    chosen = enough.int().argmax(-1)[None, ..., None]  # the first that is as good
+    both = path[..., 1, :]
+    return both.gather(0, chosen.expand(1, *both.shape[1:]))[0].clamp_min(_NOTHING)
 
 
 def _halved(rows: Tensor) -> Tensor:
@@ -268,44 +266,60 @@ def pursued(share: Tensor, chosen: Tensor, candidates: Tensor, count: Tensor, *,
     """
     rows = in_rows(share)
     masses = Masses.of(rows, rows, dual=True)  # no product of all slots with all slots
-    moment, tiny = masses.moment, torch.finfo(rows.dtype).tiny
+    moment, tiny = masses.moment.squeeze(-2), torch.finfo(rows.dtype).tiny
+
+    def carried(w: Tensor) -> Tensor:
+        """M'M w."""
+        return masses.product(w.unsqueeze(-2)).squeeze(-2)
+
     added, left = torch.zeros_like(chosen), count
     picks = (count + rounds - 1) // rounds
     weights = chosen.to(rows.dtype)
     for _ in range(rounds):
         for _ in range(REFIT):
-            weights = weights * moment / masses.product(weights).clamp_min(tiny)
+            weights = weights * moment / carried(weights).clamp_min(tiny)
         now = torch.minimum(picks, left)
-        new = top(moment - _COUNTED * masses.product(weights), candidates & ~chosen & ~added, now)
+        new = top(moment - _COUNTED * carried(weights), candidates & ~chosen & ~added, now)
         added, left, weights = added | new, left - now, weights + new.to(rows.dtype)
     return added
 
 
 @dataclass(frozen=True)
 class Masses:
-    """The least-squares problem min |M w - 1|^2 over w >= 0 of rows M.
+    """The least-squares problems min |M w - 1|^2 over w >= 0 of all rows M, and before it that of the first of them.
 
     Attributes:
         rows: ``[..., M, S]``, M, perhaps in bfloat16.
-        moment: ``[..., S]``, M'1.
-        squares: ``[..., S]``, the diagonal of M'M.
-        gram: ``[..., S, S]``, M'M, or None where it costs more than M.
+        moment: ``[..., K, S]``, M'1 of each problem; K is 2, or 1 where there is only that of all rows.
+        squares: ``[..., K, S]``, the diagonal of M'M.
+        gram: ``[..., K, S, S]``, M'M, or None where it costs more than M.
+        first: Rows of the first problem; None where there is none.
     """
 
     rows: Tensor
     moment: Tensor
     squares: Tensor
     gram: Tensor | None
+    first: int | None
 
     @classmethod
-    def of(cls, rows: Tensor, read: Tensor, dual: bool) -> Masses:
-        """The problem of ``rows``; ``dual`` multiplies by ``read``, the same numbers, not by the slots' products."""
-        gram = None if dual else rows.mT @ rows
-        squares = torch.linalg.vector_norm(rows, dim=-2).square() if gram is None else gram.diagonal(dim1=-2, dim2=-1)
-        return cls(read, rows.sum(-2), squares, gram)
+    def of(cls, rows: Tensor, read: Tensor, dual: bool, first: int | None = None) -> Masses:
+        """The problems of ``rows``; ``dual`` multiplies by ``read``, the same numbers, not by the slots' products."""
+        parts = [rows] if first is None else [rows[..., :first, :], rows[..., first:, :]]
+
+        def added(found: Iterable[Tensor], dim: int) -> Tensor:
+            """One of each part, as one of each problem."""
+            return torch.stack(list(itertools.accumulate(found)), dim)
+
+        moment = added((x.sum(-2) for x in parts), -2)
+        if dual:
+            squares = added((torch.linalg.vector_norm(x, dim=-2).square() for x in parts), -2)
+            return cls(read, moment, squares, None, first)
+        gram = added((x.mT @ x for x in parts), -3)
+        return cls(read, moment, gram.diagonal(dim1=-2, dim2=-1), gram, first)
 
     def descent(self, rounds: int) -> Tensor:
-        """``[rounds + 1, ..., S]``: the w after each round of accelerated projected gradient, the start, w = 1, first.
+        """``[rounds + 1, ..., K, S]``: the w after each round of accelerated projected gradient, w = 1 first.
 
         Columns are scaled to length 1. M has no negative numbers.
         """
@@ -324,9 +338,11 @@ class Masses:
         return torch.stack(path)
 
     def product(self, w: Tensor) -> Tensor:
-        """``[..., S]``: M'M w, in the type of the rows."""
-        # A line times a matrix is several times as fast on a CPU as a matrix times a column.
-        line = w.unsqueeze(-2)
+        """M'M w of each problem, ``[..., K, S]`` as w, in the type of the rows."""
+        # Lines times a matrix are several times as fast on a CPU as a matrix times columns.
         if self.gram is not None:
-            return (line @ self.gram).squeeze(-2)
-        return (line.to(self.rows.dtype) @ self.rows.mT @ self.rows).squeeze(-2)
+            return (w.unsqueeze(-2) @ self.gram).squeeze(-2)
+        carried = w.to(self.rows.dtype) @ self.rows.mT  # [..., K, M]
+        if self.first is not None:
+            carried[..., 0, self.first :] = 0  # both problems read all rows, at once
+        return carried @ self.rows

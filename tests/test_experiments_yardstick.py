@@ -220,7 +220,7 @@ def test_weights_end_where_non_negative_least_squares_does() -> None:
     share = random(1, 2, 30, 6, seed=4).abs() * torch.tensor([0.05, 0.5, 0.1, 0.2, 0.05, 0.3])
     share[..., 0] += 1  # almost all that is needed: some of the others are better left out
     gram, moment = share.mT @ share, share.sum(-2)
-    path = fit.Masses.of(share, share, dual=False).descent(20000)
+    path = fit.Masses.of(share, share, dual=False).descent(20000).squeeze(-2)
     assert torch.allclose(path[0], torch.ones_like(path[0]))
     last = path[-1]
     slope = (gram @ last.unsqueeze(-1)).squeeze(-1) - moment
@@ -229,14 +229,15 @@ def test_weights_end_where_non_negative_least_squares_does() -> None:
     assert slope[used].abs().max() < 1e-8 and slope[~used].min() > -1e-8
 
 
-def test_weights_are_those_of_the_best_round_for_the_other_half() -> None:
+@pytest.mark.parametrize("dual", [False, True])
+def test_weights_are_those_of_the_best_round_for_the_other_half(dual: bool) -> None:
     share = 0.3 * random(1, 2, 2, 12, 6, seed=5).abs()
-    found = fit.best_weights(share, 15)
+    found = fit.best_weights(share, 15, dual=dual)
     first, second = share[:, :, :, :6].flatten(2, 3), share[:, :, :, 6:].flatten(2, 3)
-    path = fit.Masses.of(first, first, dual=False).descent(15)
+    path = fit.Masses.of(first, first, dual=False).descent(15).squeeze(-2)
     missed = ((second @ path.unsqueeze(-1)).squeeze(-1) - 1).square().sum(-1)  # [16, 1, 2]
     every = share.flatten(2, 3)
-    again = fit.Masses.of(every, every, dual=False).descent(15)
+    again = fit.Masses.of(every, every, dual=False).descent(15).squeeze(-2)
     for h in range(2):
         assert torch.allclose(found[0, h], again[int(missed[:, 0, h].argmin()), 0, h].clamp_min(1e-8))
 

@@ -65,7 +65,7 @@ def test_primal_and_dual_give_the_same_weights(m: int, s: int) -> None:
 def test_weights_carried_to_the_end_are_those_of_scipy() -> None:
     share = random(2, 40, 6, seed=4).abs() * torch.tensor([0.05, 0.5, 0.1, 0.2, 0.05, 0.3])
     share[..., 0] += 1
-    path = fit.Masses.of(share, share, dual=False).descent(20000)
+    path = fit.Masses.of(share, share, dual=False).descent(20000).squeeze(-2)
     for h in range(2):
         expected, _ = nnls(share[h].numpy(), np.ones(40))
         assert 0 < np.count_nonzero(expected) < 6
