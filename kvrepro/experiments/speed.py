@@ -578,10 +578,9 @@ def _decode(
 
 @cache
 def _decode_before(setup: Setup) -> None:
-    """Decode something that does not count, on a GPU: what a process decodes first takes up to 7 % less time.
+    """Decode something that does not count, on a GPU: what a process decodes first may take 7 % less time.
 
-    That was seen on an H100 for the same method, first and later. Why, we do not know; but so the place of a method in
-    a list does not matter.
+    That was seen on an H100 for the same method, first and later. Why, we do not know.
     """
     if setup.place.type == "cuda":
         _decode_now(setup, "streaming_llm", None, 256, 1, False, 16, 1)
