@@ -44,11 +44,12 @@ FULL: Plan = {
     ],
     "batch": [{"slots": 2048, "methods": SOME, "batch": [1, 4, 16, 64], "steps": 32, "peers": False}],
     "perplexity": [{"methods": "weightedkv", "budget": 256, "window": 2048, "rows": 128, "repeats": 1}],
+    "perplexity_cpu": [{"methods": "weightedkv", "window": 512, "rows": 16, "plain_steps": 32, "repeats": 1}],
     "long": [
         {"lengths": 131072, "methods": ["h2o", "weightedkv", "kvmerger", "kvslimmer"], "chunk": 16384, "repeats": 1},
         {"lengths": 65536, "methods": ["h2o", "weightedkv"], "chunk": 16384, "repeats": 1},
     ],
-    "throughput": [{"length": 32768, "methods": "weightedkv"}],
+    "throughput": [{"length": 32768, "methods": ["streaming_llm", "weightedkv"]}],
     "kvpress": [{"lengths": [8192, 32768], "presses": PRESSES, "repeats": 2}],
 }
 #: The same at a size for two CPU cores and two minutes.
@@ -64,6 +65,7 @@ QUICK: Plan = {
     "batch": [{"slots": 64, "methods": "weightedkv", "batch": 4, "steps": 4, "blocks": 2}],
     "throughput": [{"length": 64, "methods": "weightedkv", "limit": 4, "steps": 4}],
     "perplexity": [{"methods": "weightedkv", "budget": 32, "window": 64, "rows": 8, "plain_steps": 8, "repeats": 1}],
+    "perplexity_cpu": [],
 }
 #: The shape each scale measures, and the one of the embedded model, which the perplexity is measured on.
 SHAPES = {"full": "llama-3.1-8b", "quick": "smollm2-135m"}
@@ -108,6 +110,9 @@ def _one(piece: str, arguments: dict[str, Any], setup: speed.Setup, peer: speed.
         return speed.prefill(setup, experiment=piece, peers=False, **arguments)
     if piece == "perplexity":
         setup = speed.Setup(embedded, setup.device, setup.dtype, setup.seed)
+    if piece == "perplexity_cpu":
+        setup = speed.Setup(embedded, "cpu", "float32", setup.seed)
+        return [*speed.ceilings(setup), *speed.perplexity(setup, **arguments)]
     return _FUNCTIONS[piece](setup, **arguments)
 
 

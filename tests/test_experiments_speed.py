@@ -48,6 +48,9 @@ PLAN: benchmarks.Plan = {
     "perplexity": [
         {"methods": "weightedkv", "budget": 16, "window": 32, "rows": 2, "plain_steps": 2, "repeats": 2},
     ],
+    "perplexity_cpu": [
+        {"methods": "weightedkv", "budget": 16, "window": 40, "rows": 2, "plain_steps": 2, "repeats": 1},
+    ],
 }
 NO_KVPRESS = speed.Kvpress("kvpress_peer.py")
 #: How little is asked of LongBench's prompts.
