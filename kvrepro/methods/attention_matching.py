@@ -566,7 +566,8 @@ class AttentionMatching(Method):
 
         The shares of the heads that are fitted at a time, and the copies of their slots, take no more memory than those
         of all heads of a layer do with `budget` slots each, or than `_TOGETHER` says, or an eighth more, so that those
-        with a few slots above the mean leave no small group; and less than half of it is empty.
+        with a few slots above the mean leave no small group; and less than half of it is empty before heads are filled
+        up to `_ALIGNED`.
         """
         seen, (b, h), device = [step.found for _, step in layers], left[0].count.shape, left[0].count.device
         kept = torch.stack([mine.count for mine in left])  # [L, B, H_kv]
