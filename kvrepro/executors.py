@@ -9,6 +9,7 @@ and the data, but no folder in common. Cells that name this machine's hardware, 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import sys
@@ -35,6 +36,8 @@ LOCAL = "local"
 STORED = "stored"
 #: Workers that a cell may lose before it is recorded as an error.
 MOST_LOST = 3
+#: Times that a cell may run out of memory beside others before that is recorded. Ours; each time fewer are beside it.
+MOST_CROWDED = 12
 _POLL_S = 0.5
 _CONNECT_S = 10
 _FETCH_S = 30
@@ -193,6 +196,25 @@ class _Waiting:
         self._free.append([*([] if job is None else [job]), *self._own.pop(worker, [])])
         self._last.pop(worker, None)
 
+    def put_back(self, job: Job) -> None:
+        """Have a job measured again, after its worker's stretch: on its own it is the shortest."""
+        self._free.append([job])
+
+
+@dataclass
+class _Run:
+    """A cell at a worker.
+
+    Attributes:
+        worker: its address.
+        job: what it measures.
+        beside: most other workers that were seen at work, for whomever, while it did.
+    """
+
+    worker: str
+    job: Job
+    beside: int = 0
+
 
 class _Sweep:
     """One sweep: which worker measures what, and what came of it."""
@@ -200,8 +222,10 @@ class _Sweep:
     def __init__(self, client: Client, jobs: Sequence[Job], show: Callable[[str], None]) -> None:
         self._client = client
         self._waiting = _Waiting(jobs)
-        self._running: dict[Future, tuple[str, Job]] = {}  # with the worker
+        self._running: dict[Future, _Run] = {}
         self._lost: Counter[str] = Counter()  # workers, by the key of what they measured
+        self._crowded: Counter[str] = Counter()  # times that memory ran out beside others, likewise
+        self._room = math.inf  # workers at work, for whomever, up to which cells are handed out: memory takes no more
         self._name = uuid.uuid4().hex[:8]  # another client may have the same cell measured: each has a task of its own
         self._show, self._shown = show, ""
 
@@ -234,32 +258,33 @@ class _Sweep:
 
     def _recall(self, workers: dict[str, Any]) -> Iterator[Record]:
         """Take back what workers that are gone were measuring; yields the records of cells given up."""
-        for future, (worker, job) in list(self._running.items()):
-            if worker not in workers:
+        for future, run in list(self._running.items()):
+            if run.worker not in workers:
                 self._client.cancel([future], force=True)
-                yield from self._lose(future, worker, job)
+                yield from self._lose(future)
         for worker in self._waiting.owners - workers.keys():  # gone while it measured nothing of this sweep
             self._waiting.leave(worker)
 
-    def _lose(self, future: Future, worker: str, job: Job) -> Iterator[Record]:
-        del self._running[future]
-        self._lost[job.key] += 1
-        given_up = self._lost[job.key] >= MOST_LOST
-        self._waiting.leave(worker, None if given_up else job)
+    def _lose(self, future: Future) -> Iterator[Record]:
+        run = self._running.pop(future)
+        self._lost[run.job.key] += 1
+        given_up = self._lost[run.job.key] >= MOST_LOST
+        self._waiting.leave(run.worker, None if given_up else run.job)
         if given_up:
-            yield _given_up(job)
+            yield _given_up(run.job)
 
     def _hand_out(self, workers: dict[str, Any]) -> None:
-        """Give every idle worker its next cell, and show what runs. One at another client's cell is not idle."""
-        busy = {worker for worker, _ in self._running.values()}
-        if self._waiting:
-            there = self._client.sync(self._client.scheduler.processing)
-            busy.update(worker for worker, tasks in there.items() if tasks)
+        """Give idle workers their next cells, and show what runs. One at another client's cell is not idle."""
+        there = self._client.sync(self._client.scheduler.processing)
+        busy = {run.worker for run in self._running.values()} | {worker for worker, tasks in there.items() if tasks}
         for worker, about in workers.items():
-            idle = worker not in busy and about["status"] == "running"
+            idle = worker not in busy and about["status"] == "running" and len(busy) < self._room
             if self._waiting and idle and (job := self._waiting.take(worker)) is not None:
-                self._running[self._submit(worker, job)] = (worker, job)
-        labels = [job.cell.label() for _, job in self._running.values()]
+                self._running[self._submit(worker, job)] = _Run(worker, job)
+                busy.add(worker)
+        for run in self._running.values():
+            run.beside = max(run.beside, len(busy - {run.worker}))
+        labels = [run.job.cell.label() for run in self._running.values()]
         more = f", and {len(labels) - 1} more" if labels[1:] else ""
         missing = "waiting for a worker" + (" with --resources GPU=1" if self._resources and not workers else "")
         text = f"{labels[0]}{more}" if labels else missing
@@ -268,10 +293,11 @@ class _Sweep:
             self._shown = text
 
     def _submit(self, worker: str, job: Job) -> Future:
+        tries = self._lost[job.key] + self._crowded[job.key]
         return self._client.submit(
             _measure,
             _Order.of(job),
-            key=f"{job.cell.paper}/{job.cell.experiment}-{job.key[:16]}-{self._name}-{self._lost[job.key]}",
+            key=f"{job.cell.paper}/{job.cell.experiment}-{job.key[:16]}-{self._name}-{tries}",
             workers=[worker],
             resources=self._resources,
             pure=False,
@@ -291,16 +317,19 @@ class _Sweep:
             return []
 
     def _fetch(self, future: Future) -> Iterator[Record]:
-        """The record of a cell that is done, or why there is none."""
+        """The record of a cell that is done, or why there is none.
+
+        That memory ran out beside other workers, which may share it, says nothing of the cell: it is measured again.
+        """
         from distributed import KilledWorker, TimeoutError
 
-        worker, job = self._running[future]
+        worker = self._running[future].worker
         try:
             line = future.result(timeout=_FETCH_S)
         except TimeoutError:
             return  # the worker went with its result: the next round takes the cell back
         except KilledWorker:
-            yield from self._lose(future, worker, job)
+            yield from self._lose(future)
             return
         except ExecutorError as error:
             raise ExecutorError(f"the worker {worker} must not measure: {error}") from error
@@ -309,8 +338,13 @@ class _Sweep:
                 f"the worker {worker} cannot measure ({type(error).__name__}: {error}): start it in an environment "
                 "with this package and what it needs"
             ) from error
-        del self._running[future]
-        yield Record.parse(line)
+        run, record = self._running.pop(future), Record.parse(line)
+        if record.status == "oom" and run.beside and self._crowded[run.job.key] < MOST_CROWDED:
+            self._crowded[run.job.key] += 1
+            self._room = min(self._room, run.beside)
+            self._waiting.put_back(run.job)
+        else:
+            yield record
 
 
 def _given_up(job: Job) -> Record:
@@ -452,7 +486,7 @@ def _loads(data: bytes) -> Any:
 
 
 def _measure(order: _Order) -> str:
-    """On a worker: the line of a cell's record.
+    """On a worker: the line of a cell's record. Memory of the GPU that is held for later is given back to the others.
 
     Raises:
         ExecutorError: this worker must not measure it.
@@ -462,4 +496,6 @@ def _measure(order: _Order) -> str:
     if problem := order.problem(get_worker().state.nthreads):
         raise ExecutorError(problem)
     record, _ = measured(order.cell, order.unpack(), order.key, order.code)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     return record.line()

@@ -133,6 +133,21 @@ def together(folder: Path, me: str, other: str) -> Value:
     return Value(1.0, extra={"pid": os.getpid()})
 
 
+def large(folder: Path, name: str, room: int) -> Value:
+    """Take a share of a memory that has room for so many: none where others hold all."""
+    once(folder, name)
+    mine = folder / f"{name}.held"
+    mine.touch()
+    try:
+        time.sleep(0.2)  # whoever began at the same time is seen
+        if (held := len(list(folder.glob("*.held")))) > room:
+            raise MemoryError(f"{held} cells hold memory for {room}")
+        time.sleep(0.4)
+    finally:
+        mine.unlink()
+    return Value(1.0)
+
+
 def until(path: Path) -> Value:
     """Wait for a file."""
     while not path.exists():
@@ -495,6 +510,40 @@ def test_what_cells_share_is_one_object_a_worker(tmp_path: Path) -> None:
     for worker, n in seen.items():
         assert sorted(r.value.value for r in found if pid(r) == worker) == list(range(1, n + 1))
     assert sum(seen.values()) == 8 and len(seen) <= 2
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_memory_that_others_hold_is_no_result(tmp_path: Path) -> None:
+    """Two workers share a memory for one cell: what does not fit beside another is measured alone."""
+    runs = [partial(large, tmp_path, f"cell {i}", 1) for i in range(4)]
+    found = Store(tmp_path.with_name(f"{tmp_path.name}-records")).sweep(cells(*runs), "title")
+    assert [record.status for record in found] == ["ok"] * 4
+    assert max(tries(tmp_path).values()) <= 2
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_what_does_not_fit_alone_is_out_of_memory(tmp_path: Path) -> None:
+    runs = [partial(large, tmp_path, "too large", 0), *(partial(large, tmp_path, f"cell {i}", 2) for i in range(3))]
+    found = Store(tmp_path.with_name(f"{tmp_path.name}-records")).sweep(cells(*runs), "title")
+    assert [record.status for record in found] == ["oom", "ok", "ok", "ok"]
+    assert "1 cells hold memory for 0" in found[0].reason  # the last try was alone
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_running_out_of_memory_beside_others_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another client never leaves the cell alone: after so many tries it is recorded."""
+    monkeypatch.setattr(executors, "MOST_CROWDED", 0)
+    gate, mine = tmp_path / "gate", tmp_path / "mine"
+    mine.mkdir()
+    theirs: list[records.Record] = []
+    beside = threading.Thread(target=sweep_beside, args=(tmp_path / "theirs", theirs, partial(until, gate)))
+    beside.start()
+    time.sleep(3)  # one worker measures for it
+    found = Store(tmp_path / "ours").sweep(cells(partial(large, mine, "too large", 0)), "title")
+    gate.touch()
+    beside.join(30)
+    assert [record.status for record in found + theirs] == ["oom", "ok"]
+    assert tries(mine) == {"too large": 1}
 
 
 @pytest.mark.usefixtures("on_workers")
