@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -150,28 +150,52 @@ def _connected(address: str) -> Iterator[Client]:
 # --- here: handing out ----------------------------------------------------------------------------------------------
 
 
+#: Which worker holds what jobs have in common, by :attr:`Job.shared`: for the next sweep of this process.
+_HOMES: dict[Hashable, str] = {}
+
+
 class _Waiting:
     """Jobs in stretches of neighbours, one stretch a worker: what neighbours share is then loaded once a worker.
 
-    Those with something in common (:attr:`Job.shared`) stay together: no other worker takes what is left of them.
+    Those with something in common (:attr:`Job.shared`) become neighbours and stay together: no other worker takes what
+    is left of them, nor those whose common part a worker has from an earlier sweep.
     """
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._free = [list(jobs)]  # stretches without a worker
+    def __init__(self, jobs: Sequence[Job], homes: Mapping[Hashable, str] | None = None) -> None:
+        """All jobs, free.
+
+        Args:
+            jobs: in the order of the sweep.
+            homes: the worker that has worked out what jobs have in common, by :attr:`Job.shared`.
+        """
+        groups: dict[Hashable, list[Job]] = {}
+        for job in jobs:
+            groups.setdefault(job.shared, []).append(job)
+        homes = homes or {}
+        self._free = [[job for shared, group in groups.items() if shared not in homes for job in group]]  # no worker's
+        self._kept: dict[str, list[Job]] = {}  # by their home
+        for shared, group in groups.items():
+            if shared in homes:
+                self._kept.setdefault(homes[shared], []).extend(group)
         self._own: dict[str, list[Job]] = {}
         self._last: dict[str, Job] = {}  # that a worker took
 
     def __len__(self) -> int:
         """The jobs that wait."""
-        return sum(map(len, [*self._free, *self._own.values()]))
+        return sum(map(len, [*self._free, *self._own.values(), *self._kept.values()]))
 
     @property
     def owners(self) -> set[str]:
-        """The workers that have a stretch."""
-        return set(self._own)
+        """The workers that have a stretch, or jobs of their own from an earlier sweep."""
+        return {*self._own, *self._kept}
 
     def take(self, worker: str) -> Job | None:
-        """The next job of a worker's stretch; then a free one's, then the second half of the longest, None for none."""
+        """The next job for a worker, None for none.
+
+        First what it is the home of, then its stretch, then a free one, then the second half of the longest.
+        """
+        if self._kept.get(worker):
+            return self._kept[worker].pop(0)
         if not self._own.get(worker):
             self._own[worker] = max(self._free, key=len, default=[])
             self._free = [stretch for stretch in self._free if stretch and stretch is not self._own[worker]]
@@ -194,6 +218,7 @@ class _Waiting:
     def leave(self, worker: str, job: Job | None = None) -> None:
         """Free the stretch of a worker that is gone, behind the job that it lost."""
         self._free.append([*([] if job is None else [job]), *self._own.pop(worker, [])])
+        self._free.append(self._kept.pop(worker, []))
         self._last.pop(worker, None)
 
     def put_back(self, job: Job) -> None:
@@ -221,7 +246,7 @@ class _Sweep:
 
     def __init__(self, client: Client, jobs: Sequence[Job], show: Callable[[str], None]) -> None:
         self._client = client
-        self._waiting = _Waiting(jobs)
+        self._waiting = _Waiting(jobs, _HOMES)
         self._running: dict[Future, _Run] = {}
         self._lost: Counter[str] = Counter()  # workers, by the key of what they measured
         self._crowded: Counter[str] = Counter()  # times that memory ran out beside others, likewise
@@ -344,6 +369,8 @@ class _Sweep:
             self._room = min(self._room, run.beside)
             self._waiting.put_back(run.job)
         else:
+            if run.job.shared != run.job.key:
+                _HOMES[run.job.shared] = run.worker
             yield record
 
 

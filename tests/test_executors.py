@@ -349,6 +349,24 @@ def test_what_jobs_have_in_common_is_worked_out_once() -> None:
     assert sum(map(len, readings)) == 6 and all(readings)
 
 
+def test_what_a_sweep_has_apart_is_brought_together() -> None:
+    """Table I's sweep goes text by text, and the readings, one a method and budget, take turns in it."""
+    jobs = [Numbered(i, i % 6) for i in range(24)]
+    taken = in_turns(executors._Waiting(jobs))  # type: ignore[arg-type]
+    assert sorted(sum(taken.values(), [])) == list(range(24))
+    assert sum(len({number % 6 for number in numbers}) for numbers in taken.values()) == 6
+
+
+def test_who_worked_something_out_measures_what_needs_it_later() -> None:
+    waiting = executors._Waiting(numbered(12, together=4), {1: "b", 2: "gone"})  # type: ignore[arg-type]
+    assert waiting.owners == {"b", "gone"} and len(waiting) == 12
+    waiting.leave("gone")
+    taken = in_turns(waiting)
+    assert taken["b"][:4] == [4, 5, 6, 7]
+    assert sorted(sum(taken.values(), [])) == list(range(12))
+    assert sum(len({number // 4 for number in numbers}) for numbers in taken.values()) == 3
+
+
 def test_cells_of_one_reading_are_served_together() -> None:
     """Of Table I: the windows and texts of a method and budget, in pieces too; the full cache's lengths apart."""
     bench = Bench("weightedkv", "perplexity", "smollm2-135m")
@@ -510,6 +528,30 @@ def test_what_cells_share_is_one_object_a_worker(tmp_path: Path) -> None:
     for worker, n in seen.items():
         assert sorted(r.value.value for r in found if pid(r) == worker) == list(range(1, n + 1))
     assert sum(seen.values()) == 8 and len(seen) <= 2
+
+
+class Halved(Shared):
+    """Of which cells of even and of odd seeds need different halves."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Halved)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def shared(self, cell: records.Cell) -> int:
+        return (cell.seed or 0) % 2
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_the_next_sweep_goes_where_the_last_one_worked_it_out(tmp_path: Path) -> None:
+    half: list[set[int]] = [set(), set()]
+    for sweep in range(3):
+        every = cells(*(partial(use, Halved(), i) for i in range(6)), sweep=sweep)
+        found = Store(tmp_path).sweep(every[::-1] if sweep else every, "title")
+        for record in found:
+            half[record.cell.seed % 2].add(pid(record))  # type: ignore[operator]
+    assert [len(pids) for pids in half] == [1, 1]
 
 
 @pytest.mark.usefixtures("on_workers")
