@@ -9,6 +9,7 @@ and the data, but no folder in common. Cells that name this machine's hardware, 
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import os
 import re
@@ -36,7 +37,8 @@ LOCAL = "local"
 STORED = "stored"
 #: Workers that a cell may lose before it is recorded as an error.
 MOST_LOST = 3
-#: Times that a cell may run out of memory beside others before that is recorded. Ours; each time fewer are beside it.
+#: Times that a cell may run out of memory beside others before that is recorded. Ours: it is alone before that, however
+#: many workers there are, unless other clients begin beside it each time.
 MOST_CROWDED = 12
 _POLL_S = 0.5
 _CONNECT_S = 10
@@ -171,7 +173,7 @@ class _Waiting:
         groups: dict[Hashable, list[Job]] = {}
         for job in jobs:
             groups.setdefault(job.shared, []).append(job)
-        homes = homes or {}
+        homes = dict(homes or {})
         self._free = [[job for shared, group in groups.items() if shared not in homes for job in group]]  # no worker's
         self._kept: dict[str, list[Job]] = {}  # by their home
         for shared, group in groups.items():
@@ -216,13 +218,20 @@ class _Waiting:
         return min(places, key=lambda i: abs(i - len(stretch) // 2), default=len(stretch))
 
     def leave(self, worker: str, job: Job | None = None) -> None:
-        """Free the stretch of a worker that is gone, behind the job that it lost."""
-        self._free.append([*([] if job is None else [job]), *self._own.pop(worker, [])])
-        self._free.append(self._kept.pop(worker, []))
+        """Free the jobs of a worker that is gone, behind the one that it lost."""
+        left = [self._kept.pop(worker, []), self._own.pop(worker, [])]
+        if job is not None:
+            next((part for part in left if part and part[0].shared == job.shared), left[1]).insert(0, job)
+        self._free += left
         self._last.pop(worker, None)
 
     def put_back(self, job: Job) -> None:
-        """Have a job measured again, after its worker's stretch: on its own it is the shortest."""
+        """Have a job measured again: after those that wait and have something in common with it, else where one can."""
+        for stretch in [*self._kept.values(), *self._own.values(), *self._free]:
+            places = [i for i, other in enumerate(stretch) if other.shared == job.shared]
+            if places:
+                stretch.insert(places[-1] + 1, job)
+                return
         self._free.append([job])
 
 
@@ -287,7 +296,8 @@ class _Sweep:
             if run.worker not in workers:
                 self._client.cancel([future], force=True)
                 yield from self._lose(future)
-        for worker in self._waiting.owners - workers.keys():  # gone while it measured nothing of this sweep
+        there = {worker for worker, about in workers.items() if about["status"] == "running"}
+        for worker in self._waiting.owners - there:  # gone while it measured nothing of this sweep, or paused
             self._waiting.leave(worker)
 
     def _lose(self, future: Future) -> Iterator[Record]:
@@ -300,8 +310,7 @@ class _Sweep:
 
     def _hand_out(self, workers: dict[str, Any]) -> None:
         """Give idle workers their next cells, and show what runs. One at another client's cell is not idle."""
-        there = self._client.sync(self._client.scheduler.processing)
-        busy = {run.worker for run in self._running.values()} | {worker for worker, tasks in there.items() if tasks}
+        busy = self._busy()
         for worker, about in workers.items():
             idle = worker not in busy and about["status"] == "running" and len(busy) < self._room
             if self._waiting and idle and (job := self._waiting.take(worker)) is not None:
@@ -316,6 +325,11 @@ class _Sweep:
         if text != self._shown:
             self._show(text)
             self._shown = text
+
+    def _busy(self) -> set[str]:
+        """The workers at work, for whomever."""
+        there = self._client.sync(self._client.scheduler.processing)
+        return {run.worker for run in self._running.values()} | {worker for worker, tasks in there.items() if tasks}
 
     def _submit(self, worker: str, job: Job) -> Future:
         tries = self._lost[job.key] + self._crowded[job.key]
@@ -364,14 +378,22 @@ class _Sweep:
                 "with this package and what it needs"
             ) from error
         run, record = self._running.pop(future), Record.parse(line)
-        if record.status == "oom" and run.beside and self._crowded[run.job.key] < MOST_CROWDED:
-            self._crowded[run.job.key] += 1
-            self._room = min(self._room, run.beside)
+        if record.status == "oom" and self._crowded_out(run):
             self._waiting.put_back(run.job)
-        else:
-            if run.job.shared != run.job.key:
-                _HOMES[run.job.shared] = run.worker
-            yield record
+            return
+        if run.job.shared != run.job.key:
+            _HOMES[run.job.shared] = run.worker
+        yield record
+
+    def _crowded_out(self, run: _Run) -> bool:
+        """Whether memory that ran out may have been others', so that the cell is measured again with fewer at work."""
+        beside = max(run.beside, len(self._busy() - {run.worker}))
+        if not beside:
+            self._room = math.inf  # too large on its own: that held nobody up
+            return False
+        self._crowded[run.job.key] += 1
+        self._room = min(self._room, max(1, beside * 3 // 4))
+        return self._crowded[run.job.key] <= MOST_CROWDED
 
 
 def _given_up(job: Job) -> Record:
@@ -522,7 +544,9 @@ def _measure(order: _Order) -> str:
 
     if problem := order.problem(get_worker().state.nthreads):
         raise ExecutorError(problem)
-    record, _ = measured(order.cell, order.unpack(), order.key, order.code)
+    record = measured(order.cell, order.unpack(), order.key, order.code)[0]
+    if record.status in ("oom", "error"):
+        gc.collect()  # an error and its frames hold each other, and what they had on the GPU
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return record.line()

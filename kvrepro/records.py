@@ -43,7 +43,7 @@ SCHEMA = 1
 #: A line longer than this is a mistake: an array that should have been subsampled.
 MAX_LINE_BYTES = 1 << 20
 _FREE_BYTES_NEEDED = 4 * MAX_LINE_BYTES
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
 

@@ -367,6 +367,18 @@ def test_who_worked_something_out_measures_what_needs_it_later() -> None:
     assert sum(len({number // 4 for number in numbers}) for numbers in taken.values()) == 3
 
 
+def test_what_is_measured_again_stays_with_what_it_has_in_common() -> None:
+    waiting = executors._Waiting(numbered(8, together=4), {1: "b"})  # type: ignore[arg-type]
+    ours, theirs = waiting.take("a"), waiting.take("b")
+    assert (ours.number, theirs.number) == (0, 4)  # type: ignore[union-attr]
+    waiting.put_back(ours)  # type: ignore[arg-type]
+    assert [waiting.take("a").number for _ in range(4)] == [1, 2, 3, 0]  # type: ignore[union-attr]
+    waiting.leave("b", theirs)
+    assert [waiting.take("c").number for _ in range(4)] == [4, 5, 6, 7]  # type: ignore[union-attr]
+    waiting.put_back(theirs)  # type: ignore[arg-type]
+    assert len(waiting) == 1 and waiting.take("a") is theirs and not waiting
+
+
 def test_cells_of_one_reading_are_served_together() -> None:
     """Of Table I: the windows and texts of a method and budget, in pieces too; the full cache's lengths apart."""
     bench = Bench("weightedkv", "perplexity", "smollm2-135m")
@@ -569,6 +581,7 @@ def test_what_does_not_fit_alone_is_out_of_memory(tmp_path: Path) -> None:
     found = Store(tmp_path.with_name(f"{tmp_path.name}-records")).sweep(cells(*runs), "title")
     assert [record.status for record in found] == ["oom", "ok", "ok", "ok"]
     assert "1 cells hold memory for 0" in found[0].reason  # the last try was alone
+    assert tries(tmp_path)["too large"] == 2
 
 
 @pytest.mark.usefixtures("on_workers")

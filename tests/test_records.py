@@ -175,6 +175,7 @@ def test_provenance_says_where_and_how(tmp_path: Path) -> None:
         (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
         (MemoryError(), "oom"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 TB"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom"),
         (RuntimeError("shapes differ"), "error"),
         (ValueError("wrong"), "error"),
     ],
