@@ -733,6 +733,9 @@ def test_workers_are_killed_at_what_they_do_after_an_interrupt(tmp_path: Path, m
         until(begun)
         raise KeyboardInterrupt
     assert codes == 2 * [-signal.SIGKILL]
+    until_s = time.monotonic() + 30  # a process that was killed ends a moment later
+    while any(map(alive, started)) and time.monotonic() < until_s:
+        time.sleep(0.05)
     assert len(started) == 2 and not any(map(alive, started))
 
 
