@@ -649,6 +649,7 @@ def measured(cell: Cell, run: Callable[[], Value], key: str, code: str) -> tuple
         status = "oom" if _is_out_of_memory(caught) else "error"
         reason = _reason(caught)
         _log.warning("%s: %s", cell.label(), reason)
+        _let_go(caught)
     if status == "oom":
         _free_memory()
     about = provenance.describe(meter, code, measuring_module(run))
@@ -667,6 +668,13 @@ def _reason(error: Exception) -> str:
     place = f" ({'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno})" if frames else ""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message[:500]}{place}"
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error, and of those that it came from, hold: on a GPU that is what ran out."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _free_memory() -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,27 @@ def test_failures_are_recorded_and_tried_again(tmp_path: Path, error: Exception,
     assert Store(tmp_path).measure(make_cell(), failing).status == "ok"
     assert Store(tmp_path).measure(make_cell(), failing).status == "ok"
     assert failing.runs == 3
+
+
+def test_an_error_holds_nothing_of_what_its_frames_did() -> None:
+    """Nor does the one that it came from; or what ran out would still be taken when the next cell is measured."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fill() -> None:
+        taken = torch.zeros(8)
+        held.append(weakref.ref(taken))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def explained() -> Value:
+        try:
+            fill()
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError("what would fit") from error
+        raise AssertionError
+
+    record, error = records.measured(make_cell(), explained, "key", "code")
+    assert record.status == "oom" and error is not None and error.__cause__ is not None
+    assert [each() for each in held] == [None]
 
 
 def test_real_memory_exhaustion_counts_as_oom(tmp_path: Path) -> None:
