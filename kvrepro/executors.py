@@ -9,6 +9,7 @@ and the data, but no folder in common. Cells that name this machine's hardware, 
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import os
 import re
@@ -39,6 +40,9 @@ MOST_LOST = 3
 #: Times that a cell may run out of memory beside others before that is recorded. Ours: with up to 196 workers it is
 #: alone before that, unless other clients begin beside it each time.
 MOST_CROWDED = 12
+#: Modules whose functions keep what their next calls need, and one among them whose do for all experiments: the model.
+_KEEPERS = (f"{PACKAGE}.experiments.", f"{PACKAGE}.tasks.")
+_COMMON = f"{PACKAGE}.experiments.common"
 _POLL_S = 0.5
 _CONNECT_S = 10
 _FETCH_S = 30
@@ -385,11 +389,15 @@ class _Sweep:
         yield record
 
     def _crowded_out(self, run: _Run) -> bool:
-        """Whether memory that ran out may have been others', so that the cell is measured again with fewer at work."""
+        """Whether memory that ran out may have been others', so that the cell is measured again with fewer at work.
+
+        Workers that are idle then let go of what they keep: it may be what took the room.
+        """
         beside = max(run.beside, len(self._busy() - {run.worker}))
         if not beside:
             self._room = math.inf  # too large on its own: that held nobody up
             return False
+        self._client.run(_let_go, workers=list(self._workers().keys() - self._busy()), on_error="ignore")
         self._crowded[run.job.key] += 1
         self._room = min(self._room, max(1, beside * 3 // 4))
         return self._crowded[run.job.key] <= MOST_CROWDED
@@ -543,7 +551,33 @@ def _measure(order: _Order) -> str:
 
     if problem := order.problem(get_worker().state.nthreads):
         raise ExecutorError(problem)
+    _come_to(order.cell.paper, order.cell.experiment)
     record, _ = measured(order.cell, order.unpack(), order.key, order.code)
+    _empty_cache()
+    return record.line()
+
+
+@functools.lru_cache(maxsize=1)
+def _come_to(paper: str, experiment: str) -> None:
+    """Let go of what was kept for the cells of another experiment: nothing happens while it stays the same one."""
+    _let_go()
+
+
+def _let_go() -> None:
+    """Free what this process keeps for the next cells: of each kind the last reading, often gigabytes of a GPU.
+
+    That is what functions of the experiments and tasks keep by ``lru_cache(maxsize=1)``. The model stays, which every
+    experiment needs.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_KEEPERS) and name != _COMMON:
+            for kept in list(vars(module).values()):
+                if isinstance(kept, functools._lru_cache_wrapper) and kept.cache_parameters()["maxsize"] == 1:
+                    kept.cache_clear()
+    gc.collect()
+    _empty_cache()
+
+
+def _empty_cache() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    return record.line()

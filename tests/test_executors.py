@@ -41,6 +41,7 @@ from kvrepro.executors import ExecutorError
 from kvrepro.experiments import tasks, weightedkv
 from kvrepro.experiments.common import Bench, Variant
 from kvrepro.records import Skip, Store, StoreError, Value
+from kvrepro.tasks import batch
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,8 +176,10 @@ def tries(folder: Path) -> dict[str, int]:
     return {path.name: len(path.read_text().split()) for path in folder.iterdir()}
 
 
-def cells(*runs: Callable[[], Value], **params: Any) -> list[tuple[records.Cell, Callable[[], Value]]]:
-    return [(make_cell(seed=seed, params=params), run) for seed, run in enumerate(runs)]
+def cells(
+    *runs: Callable[[], Value], experiment: str = "sizes", **params: Any
+) -> list[tuple[records.Cell, Callable[[], Value]]]:
+    return [(make_cell(seed=seed, experiment=experiment, params=params), run) for seed, run in enumerate(runs)]
 
 
 def pid(record: records.Record) -> int:
@@ -599,6 +602,64 @@ def test_running_out_of_memory_beside_others_ends(tmp_path: Path, monkeypatch: p
     beside.join(30)
     assert [record.status for record in found + theirs] == ["oom", "ok"]
     assert tries(mine) == {"too large": 1}
+
+
+class NoPrompts:
+    """A task's prompts, of which there are none."""
+
+    rows, max_length, samples = 1, None, ()
+
+    @property
+    def task(self) -> NoPrompts:
+        return self
+
+    @property
+    def bench(self) -> NoPrompts:
+        return self
+
+    def load(self) -> tuple[None, None]:
+        return None, None
+
+
+def kept_before(then: Callable[[], Any] = int) -> Value:
+    """How many readings this process kept; now it keeps one."""
+    found = batch._groups.cache_info().currsize
+    batch._groups(NoPrompts())  # type: ignore[arg-type]
+    then()
+    return Value(float(found), extra={"pid": os.getpid()})
+
+
+def memory_is_full(tried: Path, later: float) -> Value:
+    """Run out of memory, once, after a while."""
+    if tried.exists():
+        return Value(1.0)
+    tried.touch()
+    time.sleep(later)
+    raise MemoryError
+
+
+def one_a_worker(folder: Path, *names: str) -> list[Callable[[], Value]]:
+    """Two cells that look at what is kept, each on a worker of its own."""
+    return [partial(kept_before, partial(together, folder, *pair)) for pair in (names, names[::-1])]
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_a_worker_keeps_nothing_of_another_experiment(tmp_path: Path) -> None:
+    for turn, experiment in enumerate(["one", "two", "one"]):
+        for kept in (0, 1):
+            runs = one_a_worker(tmp_path, f"{turn} {kept} a", f"{turn} {kept} b")
+            sweep = cells(*runs, experiment=experiment, turn=turn, kept=kept)
+            found = Store(tmp_path / "records").sweep(sweep, "title")
+            assert [record.value.value for record in found] == [kept, kept]
+
+
+@pytest.mark.usefixtures("on_workers")
+def test_an_idle_worker_lets_go_of_what_it_keeps_where_memory_runs_out(tmp_path: Path) -> None:
+    runs = [kept_before, partial(memory_is_full, tmp_path / "tried", 1.0)]
+    keeper, full = Store(tmp_path / "records").sweep(cells(*runs), "title")
+    assert (full.status, full.value.value) == ("ok", 1.0)
+    then = Store(tmp_path / "then").sweep(cells(*one_a_worker(tmp_path, "a", "b"), then=1), "title")
+    assert {pid(record): record.value.value for record in then}[pid(keeper)] == 0
 
 
 @pytest.mark.usefixtures("on_workers")
