@@ -9,7 +9,6 @@ and the data, but no folder in common. Cells that name this machine's hardware, 
 from __future__ import annotations
 
 import functools
-import gc
 import math
 import os
 import re
@@ -26,7 +25,7 @@ import torch
 
 from kvrepro import models, provenance, texts
 from kvrepro.fingerprint import PACKAGE, code_at_start, measuring_module, origin
-from kvrepro.records import Cell, Record, Value, measured
+from kvrepro.records import Cell, Record, Value, free_memory, measured
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -391,13 +390,14 @@ class _Sweep:
     def _crowded_out(self, run: _Run) -> bool:
         """Whether memory that ran out may have been others', so that the cell is measured again with fewer at work.
 
-        Workers that are idle then let go of what they keep: it may be what took the room.
+        Workers that are idle then forget what they keep: it may be what took the room.
         """
-        beside = max(run.beside, len(self._busy() - {run.worker}))
+        busy = self._busy()
+        beside = max(run.beside, len(busy - {run.worker}))
         if not beside:
             self._room = math.inf  # too large on its own: that held nobody up
             return False
-        self._client.run(_let_go, workers=list(self._workers().keys() - self._busy()), on_error="ignore")
+        self._client.run(_forget, workers=list(self._workers().keys() - busy), on_error="ignore")
         self._crowded[run.job.key] += 1
         self._room = min(self._room, max(1, beside * 3 // 4))
         return self._crowded[run.job.key] <= MOST_CROWDED
@@ -553,17 +553,18 @@ def _measure(order: _Order) -> str:
         raise ExecutorError(problem)
     _come_to(order.cell.paper, order.cell.experiment)
     record, _ = measured(order.cell, order.unpack(), order.key, order.code)
-    _empty_cache()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     return record.line()
 
 
 @functools.lru_cache(maxsize=1)
 def _come_to(paper: str, experiment: str) -> None:
-    """Let go of what was kept for the cells of another experiment: nothing happens while it stays the same one."""
-    _let_go()
+    """Forget what was kept for the cells of another experiment: nothing happens while it stays the same one."""
+    _forget()
 
 
-def _let_go() -> None:
+def _forget() -> None:
     """Free what this process keeps for the next cells: of each kind the last reading, often gigabytes of a GPU.
 
     That is what functions of the experiments and tasks keep by ``lru_cache(maxsize=1)``. The model stays, which every
@@ -574,10 +575,4 @@ def _let_go() -> None:
             for kept in list(vars(module).values()):
                 if isinstance(kept, functools._lru_cache_wrapper) and kept.cache_parameters()["maxsize"] == 1:
                     kept.cache_clear()
-    gc.collect()
-    _empty_cache()
-
-
-def _empty_cache() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    free_memory()

@@ -651,7 +651,7 @@ def measured(cell: Cell, run: Callable[[], Value], key: str, code: str) -> tuple
         _log.warning("%s: %s", cell.label(), reason)
         _let_go(caught)
     if status == "oom":
-        _free_memory()
+        free_memory()
     about = provenance.describe(meter, code, measuring_module(run))
     return Record.parse(Record(key, cell, value, status, reason, about).line()), error
 
@@ -677,7 +677,8 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Give back what nothing holds any more, on a GPU what PyTorch keeps for later, too."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
