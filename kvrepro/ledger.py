@@ -18,7 +18,7 @@ import yaml
 
 from kvrepro.experiments import tables
 from kvrepro.fingerprint import is_current
-from kvrepro.records import Record, Store, read_records
+from kvrepro.records import Record, Store, canonical, read_records
 from kvrepro.rules import NOT_RUN, RULES, Comparison, Judged, Missing, Verdict, problem
 
 PAPERS = ("WeightedKV", "KVMerger", "KVSlimmer")
@@ -281,15 +281,32 @@ def _models(records: Sequence[Record], own: str) -> list[str]:
     return sorted(dates, key=lambda model: (model == own, dates[model]), reverse=True)
 
 
+def _cell_order(record: Record) -> tuple[Any, ...]:
+    """Where a record stands among others: by its cell's fields, numbers by their size."""
+    cell = record.cell
+    fields = {**cell.params, "budget": cell.budget, "options": cell.options}
+    return (cell.experiment, cell.metric, cell.method, cell.data, [_ordered(*item) for item in sorted(fields.items())])
+
+
+def _ordered(name: str, value: Any) -> tuple[str, bool, float, str]:
+    """A field for sorting: numbers before all else."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return name, False, float(value), ""
+    return name, True, 0.0, canonical(value)
+
+
 def ledger(claims: Sequence[Claim] | None = None, records: Sequence[Record] | None = None) -> list[Entry]:
     """Every claim with its verdict.
+
+    Records are taken in the order of their cells, not of their dates: so the same values give the same lines and
+    the same bootstrap intervals, whenever and in whatever order they were measured.
 
     Args:
         claims: the package's own by default.
         records: the published ones by default.
     """
     claims = read_claims() if claims is None else claims
-    records = published() if records is None else newest(records)
+    records = sorted(published() if records is None else newest(records), key=_cell_order)
     return [judge(claim, records) for claim in claims]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -528,6 +529,11 @@ class TestRealLedger:
         assert "come from a paper's own model" in page
         rows = [line for line in page.splitlines() if "<br>" in line]
         assert len(rows) == len(CLAIMS) and all(line.count(" | ") == 3 for line in rows)
+
+    def test_order_of_records_does_not_count(self, entries: list[Entry]) -> None:
+        records = published()
+        random.Random(0).shuffle(records)
+        assert [e.as_dict()["ours"] for e in ledger(records=records)] == [e.as_dict()["ours"] for e in entries]
 
     def test_command(self, entries: list[Entry], capsys: pytest.CaptureFixture[str]) -> None:
         def call(*words: str) -> tuple[int, str]:
