@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,18 @@ import yaml
 from kvrepro.experiments import tables
 from kvrepro.fingerprint import is_current
 from kvrepro.records import Record, Store, canonical, read_records
-from kvrepro.rules import NOT_RUN, RULES, Comparison, Judged, Missing, Verdict, problem
+from kvrepro.rules import (
+    NOT_RUN,
+    RULES,
+    Comparison,
+    Judged,
+    Missing,
+    Verdict,
+    label,
+    mean_draw,
+    over_draws,
+    problem,
+)
 
 PAPERS = ("WeightedKV", "KVMerger", "KVSlimmer")
 SOURCES = ("paper", "second-hand", "code")
@@ -253,7 +264,7 @@ def judge(claim: Claim, records: Sequence[Record]) -> Entry:
     """Judge a claim by its rule.
 
     Records of different models are never mixed: the paper's own model is tried first, then the others, the most
-    recently measured first.
+    recently measured first. A method that draws at random counts with the mean over the seeds it was measured with.
 
     Args:
         claim: the claim.
@@ -266,12 +277,25 @@ def judge(claim: Claim, records: Sequence[Record]) -> Entry:
     chosen = select(records, claim.rule.get("where", {}))
     missing = "no such record is published"
     for model in _models(chosen, claim.model):
-        own = [record for record in chosen if record.cell.model == model]
+        draws = over_draws([record for record in chosen if record.cell.model == model])
         try:
-            return Entry(claim, RULES[claim.rule["name"]].judge(own, claim.paper_effect, **parameters))
+            found = RULES[claim.rule["name"]].judge(
+                [mean_draw(group) for group in draws.values()], claim.paper_effect, **parameters
+            )
+            return Entry(claim, _with_draws(found, draws.values()))
         except Missing as error:
             missing = str(error)
     return Entry(claim, nothing, claim.not_run or missing)
+
+
+def _with_draws(found: Judged, draws: Iterable[Sequence[Record]]) -> Judged:
+    """What a rule found, with all records that a mean over seeds was taken of, and their number in its note."""
+    behind = {group[0].key: group for group in draws}
+    groups = [behind[record.key] for record in found.records]
+    several = {label(group[0]): len(group) for group in groups if len(group) > 1}
+    told = [f"{name}: mean over {n} seeds" for name, n in sorted(several.items())]
+    note = "; ".join(filter(None, [found.note, *told]))
+    return replace(found, records=[record for group in groups for record in group], note=note)
 
 
 def _models(records: Sequence[Record], own: str) -> list[str]:

@@ -8,14 +8,15 @@ page prints.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
 
-from kvrepro.records import Record, canonical
+from kvrepro.records import Record, Value, canonical
 from kvrepro.tasks.intervals import macro
 
 Verdict = Literal["reproduced", "same direction", "not reproduced", "contradicted", "not run"]
@@ -30,6 +31,8 @@ FACTOR = 2.0
 #: Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, two standard errors.
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11)
 _STUDENT += (2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04)
+#: A method's option in its label, ``method(seed=1)`` or ``method(option=2, seed=1)``.
+_SEED = re.compile(r"(, |(?<=\())seed=\d+")
 #: The sign of a difference in the direction that is claimed.
 DIRECTIONS = {"lower": -1, "higher": 1}
 
@@ -202,6 +205,58 @@ def pairs(records: Sequence[Record], of: str, against: str) -> list[tuple[Record
     if not found:
         raise Missing(f"no records of {of} and {against} on the same text and settings")
     return found
+
+
+def over_draws(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by what they measured, whatever was drawn: those in a list differ in the seed of the draws alone.
+
+    Args:
+        records: one a cell.
+
+    Returns:
+        Lists of records by their settings, in the records' order; in a list the lowest seed comes first.
+    """
+    found: dict[str, list[Record]] = {}
+    for record in sorted(records, key=_seeds):
+        cell = record.cell
+        options = {name: value for name, value in cell.options.items() if name != "seed"}
+        params = {**cell.params, "label": _SEED.sub("", label(record)).replace("()", "")}
+        names = [cell.paper, cell.experiment, cell.metric, cell.method, options, cell.model_sha256, cell.data_sha256]
+        found.setdefault(canonical([*names, cell.data, cell.budget, params]), []).append(record)
+    first = {record.key: place for place, record in enumerate(records)}
+    return dict(sorted(found.items(), key=lambda item: min(first[record.key] for record in item[1])))
+
+
+def _seeds(record: Record) -> tuple[int, int]:
+    return int(record.cell.options.get("seed", 0)), record.cell.seed
+
+
+def mean_draw(draws: Sequence[Record]) -> Record:
+    """One record for several draws of the same thing: the first's cell, with the means of its numbers over the draws.
+
+    Args:
+        draws: records that differ in the seed alone, the lowest first.
+
+    Returns:
+        The first where there is no other. Else its ``value`` and ``spread`` are means, and so is each extra result that
+        is an array of numbers of one shape in all of them; the rest is the first's.
+    """
+    if len(draws) == 1:
+        return draws[0]
+    first, values = draws[0], [record.value for record in draws]
+    extra = {name: _mean([value.extra.get(name) for value in values]) for name in first.value.extra}
+    mean = Value(_mean([v.value for v in values]), _mean([v.spread for v in values]), first.value.n, extra)
+    return replace(first, value=mean)
+
+
+def _mean(items: Sequence[Any]) -> Any:
+    """The mean of numbers, or of arrays of one shape; the first item where they are anything else."""
+    try:
+        arrays = [np.asarray(item) for item in items]
+    except ValueError:  # rows of different lengths
+        return items[0]
+    same = len({a.shape for a in arrays}) == 1 and all(a.dtype.kind in "if" for a in arrays)
+    return np.mean(arrays, axis=0).tolist() if same else items[0]
 
 
 def _all_of(pairs_found: Sequence[tuple[Record, Record]]) -> list[Record]:

@@ -233,6 +233,38 @@ class TestRules:
             records = [*two(self.NONE, self.PLUS), record("c", extra={"x": third})]
             assert verdict("difference", records, **given) == expected
 
+    def test_draws_count_with_their_mean(self) -> None:
+        """Of one method with two seeds, whether the seed is the cell's or the method's option."""
+
+        def drawn(name: str, x: list[float], seed: int, option: int, **extra: Any) -> Record:
+            made = record(name, float(np.mean(x)), 0.5, extra={"x": x, **extra})
+            cell = replace(made.cell, seed=seed, options={"k": 1, "seed": option})
+            return replace(made, cell=cell, key=f"{seed}{option}")
+
+        a = record("a", extra={"x": self.NONE})
+        first = drawn("b(k=1)", [1.0, 1.1], 0, 0, ids=["7", "8"], ragged=[[1], [1, 2]])
+        own, option = drawn("b(k=1)", [3.0, 3.1], 1, 1), drawn("b(k=1, seed=2)", [5.0, 5.1], 0, 2)
+        groups = list(rules.over_draws([option, a, own, first]).values())
+        assert groups == [[first, own, option], [a]]
+        mean = rules.mean_draw(groups[0])
+        assert mean.cell == first.cell and mean.value.extra["x"] == pytest.approx([3.0, 3.1])
+        assert mean.value.value == pytest.approx(3.05) and mean.value.spread == 0.5
+        assert (mean.value.extra["ids"], mean.value.extra["ragged"]) == (["7", "8"], [[1], [1, 2]])
+        assert rules.mean_draw([a]) is a
+        only = drawn("b(seed=1)", [0.0], 0, 1)  # of other options, though they have one name
+        assert len(rules.over_draws([first, only, record("b", extra={"x": [0.0]})])) == 3
+
+    def test_a_verdict_is_of_the_mean_over_seeds(self) -> None:
+        """Neither draw alone decides; all records and their number are told."""
+        a, b = two(self.NONE, [4.0, -4.0, 4.0, 4.0])
+        turned = record("b", extra={"x": [-2.0, 6.1, -2.0, -1.9]})
+        turned = replace(turned, cell=replace(turned.cell, seed=1), key="turned")
+        assert judge(claim(), [a, b]).verdict == NOT_REPRODUCED
+        found = judge(claim(), [a, b, turned])
+        assert found.verdict == REPRODUCED  # the means are 1, 1.05, 1 and 1.05
+        assert found.judged.comparisons[0].mean == pytest.approx(-1.025)
+        assert found.judged.records == [a, b, turned] and found.judged.note == "b: mean over 2 seeds"
+
     @pytest.mark.parametrize(("first", "expected"), [(MINUS, REPRODUCED), (ZERO, NOT_REPRODUCED), (PLUS, CONTRADICTED)])
     def test_larger_at(self, first: list[float], expected: str) -> None:
         records = [*two(first, self.NONE, budget=8), *two(self.NONE, self.NONE, budget=16)]

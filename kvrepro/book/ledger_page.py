@@ -37,7 +37,8 @@ Limits and factors are this project's choices. {bdg-success}`ours`
 
 **Which records.** An entry names the cells that it is judged by. Records of different models are never mixed: those of
 the paper's own model are judged where there are any. Of several records of one cell, one of the present code counts, or
-else the newest. A record counts once it is in `results/published/`.
+else the newest. A record counts once it is in `results/published/`. A method that draws at random counts with the mean
+over the seeds that it was measured with, sample by sample; the entry says of how many. {bdg-success}`ours`
 
 """
 
