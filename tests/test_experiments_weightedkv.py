@@ -272,6 +272,18 @@ def test_estimates_are_paired() -> None:
         tables.paired([1.0], [1.0, 2.0])
 
 
+def test_numbers_over_seeds() -> None:
+    """Two settings, one of them with three seeds."""
+    rows = [("a", 0, 1.0, 0.2), ("b", 0, 7.0, None), ("a", 1, 2.0, 0.3), ("a", 2, 6.0, 0.1)]
+    found = tables.pd.DataFrame(rows, columns=["label", "seed", "value", "spread"], dtype=object).astype(
+        {"value": float}
+    )
+    a, b = (row for _, row in tables.over_seeds(found, ["label"]).iterrows())
+    assert (a.label, a.seeds, a["value"], a.most) == ("a", 3, 3.0, 5.0)
+    assert a.sd == pytest.approx(7**0.5) and a.spread == pytest.approx(0.2)
+    assert (b.label, b.seeds, b["value"], b.most) == ("b", 1, 7.0, 0.0) and np.isnan([b.sd, b.spread]).all()
+
+
 def test_compare_finds_each_rows_reference(small: Callable) -> None:
     frame = tables.frame(small(weightedkv.perplexity, ["full", "h2o"], [12, 16], [32, 64], 3, 8))
     compared = tables.compare(frame, "nll", "full", ["data", "window"])

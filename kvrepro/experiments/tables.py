@@ -81,6 +81,28 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def over_seeds(found: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """How much a number depends on the seed: its mean over seeds and the standard deviation between them.
+
+    Args:
+        found: As from :func:`frame`, one row a setting and seed.
+        by: Columns that tell settings apart.
+
+    Returns:
+        One row a setting, in their order: the columns of ``by``; ``seeds``, their number; ``value``, the mean; ``sd``,
+        NaN for one seed; ``most``, the largest difference between two seeds; ``spread``, the mean of the standard
+        errors that single seeds have.
+    """
+    groups = found.astype({"spread": float}).groupby(list(by), sort=False, as_index=False)
+    return groups.agg(
+        seeds=("value", "size"),
+        sd=("value", "std"),
+        most=("value", np.ptp),
+        spread=("spread", "mean"),
+        value=("value", "mean"),
+    )
+
+
 def problems(records: Iterable[Record]) -> pd.DataFrame:
     """One row a cell that could not be measured, with the reason; empty when all went well."""
     rows = [
