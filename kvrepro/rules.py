@@ -221,8 +221,9 @@ def over_draws(records: Sequence[Record]) -> dict[str, list[Record]]:
         cell = record.cell
         options = {name: value for name, value in cell.options.items() if name != "seed"}
         params = {**cell.params, "label": _SEED.sub("", label(record)).replace("()", "")}
-        names = [cell.paper, cell.experiment, cell.metric, cell.method, options, cell.model_sha256, cell.data_sha256]
-        found.setdefault(canonical([*names, cell.data, cell.budget, params]), []).append(record)
+        names = [cell.paper, cell.experiment, cell.metric, cell.method, options]
+        names += [cell.model, cell.model_sha256, cell.data, cell.data_sha256, cell.budget, params]
+        found.setdefault(canonical(names), []).append(record)
     first = {record.key: place for place, record in enumerate(records)}
     return dict(sorted(found.items(), key=lambda item: min(first[record.key] for record in item[1])))
 

@@ -119,6 +119,13 @@ class TestRows:
         assert row.budget == "25 % of the bytes" and row.n == 8
         assert row.best.level and not row.runner_up.level
 
+    def test_draws_of_one_method_are_one_method(self) -> None:
+        records = needles({"full": -0.1, "h2o": -0.5, "tova": -0.2, "cam": -3.0})
+        (again,) = needles({"cam(seed=1)": -2.0})
+        again = replace(again, cell=replace(again.cell, method="cam", options={**records[-1].cell.options, "seed": 1}))
+        (row,) = rows([*records, again])
+        assert {s.label: round(s.loss.mean, 6) for s in row.standings} == {"tova": 0.1, "h2o": 0.4, "cam": 2.4}
+
     def test_losses_are_against_the_full_cache(self) -> None:
         (row,) = rows(needles({"full": -0.1, "h2o": -0.5, "tova": -0.2, "cam": -3.0}))
         assert {s.label: round(s.loss.mean, 6) for s in row.standings} == {"tova": 0.1, "h2o": 0.4, "cam": 2.9}
