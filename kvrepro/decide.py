@@ -18,7 +18,7 @@ from kvrepro import methods, plots
 from kvrepro.ledger import select
 from kvrepro.recommend import TOLERANCE
 from kvrepro.records import Record, canonical
-from kvrepro.rules import Comparison, label, mean_draw, over_draws, with_error
+from kvrepro.rules import Comparison, label, over_seeds, with_error
 from kvrepro.tasks.intervals import Interval, macro
 
 #: Ours: a task counts as beyond a model that finds no more than this share of the answers with the full cache.
@@ -244,7 +244,7 @@ def rows(records: Iterable[Record], purposes: Sequence[Purpose] = PURPOSES) -> l
         records: one a cell, see :func:`kvrepro.ledger.newest`.
         purposes: what to look for.
     """
-    records = [mean_draw(draws) for draws in over_draws(list(records)).values()]
+    records = over_seeds(list(records))
     found = []
     for purpose in purposes:
         own = [r for r in select(records, purpose.where) if purpose.samples in r.value.extra]

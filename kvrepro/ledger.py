@@ -292,8 +292,12 @@ def _with_draws(found: Judged, draws: Iterable[Sequence[Record]]) -> Judged:
     """What a rule found, with all records that a mean over seeds was taken of, and their number in its note."""
     behind = {group[0].key: group for group in draws}
     groups = [behind[record.key] for record in found.records]
-    several = {label(group[0]): len(group) for group in groups if len(group) > 1}
-    told = [f"{name}: mean over {n} seeds" for name, n in sorted(several.items())]
+    seeds: dict[str, set[int]] = {}
+    for group in groups:
+        seeds.setdefault(label(group[0]), set()).add(len(group))
+    told = [
+        f"{name}: mean over {' or '.join(map(str, sorted(n)))} seeds" for name, n in sorted(seeds.items()) if n != {1}
+    ]
     note = "; ".join(filter(None, [found.note, *told]))
     return replace(found, records=[record for group in groups for record in group], note=note)
 

@@ -250,6 +250,11 @@ def mean_draw(draws: Sequence[Record]) -> Record:
     return replace(first, value=mean)
 
 
+def over_seeds(records: Sequence[Record]) -> list[Record]:
+    """The records with one for all draws of the same thing, see `mean_draw`."""
+    return [mean_draw(draws) for draws in over_draws(records).values()]
+
+
 def _mean(items: Sequence[Any]) -> Any:
     """The mean of numbers, or of arrays of one shape; the first item where they are anything else."""
     try:

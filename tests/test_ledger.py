@@ -264,6 +264,8 @@ class TestRules:
         assert found.verdict == REPRODUCED  # the means are 1, 1.05, 1 and 1.05
         assert found.judged.comparisons[0].mean == pytest.approx(-1.025)
         assert found.judged.records == [a, b, turned] and found.judged.note == "b: mean over 2 seeds"
+        other = [replace(r, cell=replace(r.cell, data_sha256="more"), key=r.key + "more") for r in (a, b)]
+        assert judge(claim(), [a, b, turned, *other]).judged.note == "b: mean over 1 or 2 seeds"
 
     @pytest.mark.parametrize(("first", "expected"), [(MINUS, REPRODUCED), (ZERO, NOT_REPRODUCED), (PLUS, CONTRADICTED)])
     def test_larger_at(self, first: list[float], expected: str) -> None:

@@ -16,7 +16,7 @@ from kvrepro.decide import FIDELITY, percent
 from kvrepro.experiments.across import pareto_front
 from kvrepro.ledger import select
 from kvrepro.records import Record
-from kvrepro.rules import label
+from kvrepro.rules import label, over_seeds
 
 #: Ours, as on the page of the numbers: shares of divergence, bytes and time within which two methods count as equal.
 SLACK = (0.01, 0.0, 0.05)
@@ -47,7 +47,7 @@ def draw(records: Iterable[Record], model: str) -> Drawn | None:
         records: one a cell.
         model: whose records.
     """
-    own = [record for record in records if record.cell.model == model]
+    own = over_seeds([record for record in records if record.cell.model == model])
     times = {label(r): r for r in select(own, {"paper": "across", "experiment": "reading_times"})}
     held = [r for r in select(own, FIDELITY.where) if label(r) in times]
     if not held:
