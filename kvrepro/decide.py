@@ -238,13 +238,14 @@ def sign(interval: Interval) -> int:
 def rows(records: Iterable[Record], purposes: Sequence[Purpose] = PURPOSES) -> list[Row]:
     """What the records say, purpose by purpose, the largest budget first.
 
-    A method that draws at random counts with the mean over the seeds it was measured with.
+    A method that draws at random counts with the mean over the seeds it was measured with. A fixed threshold, which
+    leaves what it leaves, stands at no budget.
 
     Args:
         records: one a cell, see :func:`kvrepro.ledger.newest`.
         purposes: what to look for.
     """
-    records = over_seeds(list(records))
+    records = over_seeds([r for r in records if r.cell.options.get("budget_mode") != "threshold"])
     found = []
     for purpose in purposes:
         own = [r for r in select(records, purpose.where) if purpose.samples in r.value.extra]

@@ -126,6 +126,12 @@ class TestRows:
         (row,) = rows([*records, again])
         assert {s.label: round(s.loss.mean, 6) for s in row.standings} == {"tova": 0.1, "h2o": 0.4, "cam": 2.4}
 
+    def test_a_fixed_threshold_stands_at_no_budget(self) -> None:
+        records = needles({"full": -0.1, "h2o": -0.5, "tova": -0.2, "cam": -3.0, "kvmerger": -0.3})
+        free = replace(records[-1], cell=replace(records[-1].cell, options={"budget_mode": "threshold"}))
+        (row,), (without,) = rows(records), rows([*records[:-1], free])
+        assert row.of("kvmerger") is not None and without.of("kvmerger") is None
+
     def test_losses_are_against_the_full_cache(self) -> None:
         (row,) = rows(needles({"full": -0.1, "h2o": -0.5, "tova": -0.2, "cam": -3.0}))
         assert {s.label: round(s.loss.mean, 6) for s in row.standings} == {"tova": 0.1, "h2o": 0.4, "cam": 2.9}
